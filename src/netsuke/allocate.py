@@ -1,0 +1,111 @@
+"""The one allocator: pick one option per part so that the harm is least and every limit holds.
+
+Bits per layer, width per block, rank, experts, layers to train: all are this multiple-choice knapsack. It is solved
+exactly by HiGHS (through `scipy.optimize.milp`), which handles several limits at once and proves infeasibility; our
+own Lagrangian search would only approximate it. Options that another one beats in harm and in every cost are dropped first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat one part: what it costs (any units, by resource name) and how much quality it is thought to lose."""
+
+    value: Any
+    harm: float
+    costs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The picked option of every part; `feasible` is False when no set meets the limits, and then this is the set that
+    exceeds them least (its largest ratio of cost to limit is minimal), with `binding` naming that limit."""
+
+    picks: tuple[Option, ...]
+    harm: float
+    costs: dict[str, float]
+    feasible: bool = True
+    binding: str | None = None
+
+
+def undominated(options: Sequence[Option]) -> list[Option]:
+    """Options that no other one equals or beats in harm and in every cost (the first of equals stays)."""
+    names = sorted({n for o in options for n in o.costs})
+    table = np.array([[o.harm, *(o.costs.get(n, 0.0) for n in names)] for o in options])
+    keep = []
+    for i, row in enumerate(table):
+        no_worse = (table <= row).all(axis=1)
+        better = no_worse & (table < row).any(axis=1)
+        earlier_equal = no_worse & (table == row).all(axis=1) & (np.arange(len(table)) < i)
+        if not (better | earlier_equal).any():
+            keep.append(options[i])
+    return keep
+
+
+def allocate(parts: Sequence[Sequence[Option]], limits: dict[str, float], minimise: str = "harm") -> Allocation:
+    """Least total `minimise` ("harm" or a resource) over one option per part, within `limits` (resource or "harm" -> limit).
+
+    Raises ValueError when a part has no option.
+    """
+    if any(not part for part in parts):
+        raise ValueError("a part has no option")
+    kept = [undominated(part) for part in parts]
+    flat = [o for part in kept for o in part]
+    owner = np.repeat(np.arange(len(kept)), [len(p) for p in kept])
+    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(kept), len(flat)))
+
+    def column(name: str) -> np.ndarray:
+        return np.array([o.harm if name == "harm" else o.costs.get(name, 0.0) for o in flat], dtype=np.float64)
+
+    def solve(objective: np.ndarray, rows: list[np.ndarray], upper: list[float], slack: bool) -> np.ndarray | None:
+        """With `slack`, one more variable t scales all limits: rows·x ≤ t."""
+        n = len(flat) + slack
+        pad = np.zeros(1) if slack else np.zeros(0)
+        equal = csr_array(np.hstack([one_each.toarray(), np.zeros((len(kept), int(slack)))]))
+        constraints = [LinearConstraint(equal, 1, 1)]
+        for row, top in zip(rows, upper):
+            tail = -np.ones(1) if slack else pad
+            constraints.append(LinearConstraint(np.concatenate([row, tail])[None], -np.inf, 0.0 if slack else top))
+        integer = np.concatenate([np.ones(len(flat)), np.zeros(int(slack))])
+        goal = np.concatenate([objective * (0 if slack else 1), np.ones(int(slack))])
+        box = Bounds(np.zeros(n), np.concatenate([np.ones(len(flat)), np.full(int(slack), np.inf)]))
+        options = {"time_limit": 30.0, "mip_rel_gap": 1e-4}
+        found = milp(goal, constraints=constraints, integrality=integer, bounds=box, options=options)
+        return None if found.x is None else found.x[: len(flat)]
+
+    names = list(limits)
+    scaled = [column(n) / max(limits[n], 1e-30) for n in names]
+    goal = column(minimise)
+    goal = goal / max(np.abs(goal).max(), 1e-30)
+    x = solve(goal, scaled, [1.0] * len(names), slack=False)
+    feasible = x is not None
+    if not feasible:
+        x = solve(goal, scaled, [], slack=True) if not names else solve(goal, scaled, [1.0] * len(names), slack=True)
+    picks = tuple(flat[int(np.flatnonzero(owner == i)[np.argmax(x[owner == i])])] for i in range(len(kept)))
+    every = sorted({n for o in flat for n in o.costs})
+    costs = {n: float(sum(o.costs.get(n, 0.0) for o in picks)) for n in every}
+    harm = float(sum(o.harm for o in picks))
+    totals = {**costs, "harm": harm}
+    binding = max(names, key=lambda n: totals[n] / max(limits[n], 1e-30)) if names else None
+    return Allocation(picks, harm, costs, feasible, binding)
+
+
+def frontier(parts: Sequence[Sequence[Option]], resource: str, points: int = 12) -> list[Allocation]:
+    """Allocations of least harm at `points` limits of one resource, from the smallest possible to the largest useful."""
+    low = sum(min(o.costs[resource] for o in part) for part in parts)
+    high = sum(min(part, key=lambda o: (o.harm, o.costs[resource])).costs[resource] for part in parts)
+    out = []
+    for limit in np.geomspace(low * 1.0001, max(high, low) * 1.0001, points):
+        found = allocate(parts, {resource: float(limit)})
+        if not out or found.costs != out[-1].costs:
+            out.append(found)
+    return out

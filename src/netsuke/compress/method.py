@@ -1,0 +1,70 @@
+"""What a method is: a frozen dataclass, a published technique with its knobs, handed to `apply`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from netsuke.errors import NetsukeError
+from netsuke.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. Subclasses are frozen dataclasses whose fields are JSON values.
+
+    `apply` returns a new model and leaves its argument untouched; it is deterministic under the method's seed; it keeps
+    gradients off unless `trains` says otherwise. `strengths` runs from the identity to the strongest sensible setting.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    trains: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def accepts(self, model: nn.Module) -> str | None:
+        """None, or the reason why this model cannot be treated, naming the layer."""
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module, task: Task | None = None) -> nn.Module:
+        raise NotImplementedError
+
+    def strengths(self) -> list[Method]:
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+    def checked(self, model: nn.Module, task: Task | None) -> nn.Module:
+        """A private copy of `model` to work on, after `accepts` and the data have been checked."""
+        reason = self.accepts(model)
+        if reason:
+            raise NetsukeError(f"apply {self.name}", reason)
+        if self.needs_data and task is None:
+            raise NetsukeError(f"apply {self.name}", "no calibration data was given", "a task", "--data FILE")
+        return copy.deepcopy(model)
+
+
+def registry() -> dict[str, type[Method]]:
+    """All methods by name: one row each. A row earns the contract tests of tests/compress/test_contract.py."""
+    from netsuke.compress.modegpt import MoDeGPT
+    from netsuke.compress.quantize import Quantize
+
+    return {m.name: m for m in (Quantize, MoDeGPT)}
+
+
+def from_json(value: dict[str, Any]) -> Method:
+    """The method that `to_json` wrote. Raises NetsukeError for an unknown method or knob, by name."""
+    known, value = registry(), dict(value)
+    name = value.pop("method", None)
+    if name not in known:
+        raise NetsukeError("build a method", f"unknown method {name!r}", ", ".join(sorted(known)))
+    allowed = {f.name for f in dataclasses.fields(known[name])}
+    for key in value:
+        if key not in allowed:
+            raise NetsukeError(f"build {name}", f"unknown knob {key!r}", ", ".join(sorted(allowed)))
+    return known[name](**value)

@@ -1,0 +1,1 @@
+"""Linear maps: each knows `bytes()`, `macs()` and `to_dense()`."""
