@@ -35,8 +35,10 @@ def options(
     pass
 
 
+PACKAGES = ("devices", "compress")  # verbs that share their name with a folder keep their command in it
+
 for _verb in VERBS:
-    importlib.import_module("netsuke.devices.command" if _verb == "devices" else f"netsuke.{_verb}").register(app)
+    importlib.import_module(f"netsuke.{_verb}.command" if _verb in PACKAGES else f"netsuke.{_verb}").register(app)
 
 
 def main() -> None:

@@ -39,11 +39,11 @@ def run(
     for token in generate(
         loaded.model, ids, new_tokens, temperature=temperature, top_p=top_p, seed=seed, context=context, timings=timings
     ):
-        piece = decoder.feed(token)
+        piece = decoder.push(token)
         text.append(piece)
         if on_text:
             on_text(piece)
-    text.append(tail := decoder.finish())
+    text.append(tail := decoder.flush())
     if on_text and tail:
         on_text(tail)
     return {"model": model, "backend": "torch", "prompt": prompt, "text": "".join(text), "seed": seed, **timings.as_dict()}

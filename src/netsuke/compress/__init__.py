@@ -1,0 +1,57 @@
+"""Methods that shrink a model, one file each, and the verb that applies them singly: `netsuke compress`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from netsuke.verb import verb
+
+
+@verb
+def compress(
+    model: str, methods: list[Any], *, out: str, data: str | None = None, context: int | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Applies methods in order and writes an artifact.
+
+    methods  Method values, their JSON dictionaries, or texts such as "quantize:bits=4,group=32"
+
+    Returns {model, methods, bytes_before, bytes_after, metric, before, after, artifact}; quality is on validation text.
+    Raises NetsukeError for unusable input; nothing is written then.
+    """
+    import torch
+
+    from netsuke import __version__
+    from netsuke.compress.method import Method, from_json, parse
+    from netsuke.fit import check_writable
+    from netsuke.models.load import describe, load
+    from netsuke.models.save import save_artifact
+    from netsuke.tasks.language import language_task
+
+    tell, target = on_progress or (lambda *_: None), Path(out)
+    check_writable(target)
+    values = [m if isinstance(m, Method) else parse(m) if isinstance(m, str) else from_json(m) for m in methods]
+    tell("reading", 0, 0)
+    before, loaded = describe(model), load(model)
+    task = language_task(loaded, data, context)
+    with torch.no_grad():
+        tell("measuring the model as it is", 0, 0)
+        quality, carved = task.score(loaded.model, "validation"), loaded.model
+        for i, value in enumerate(values):
+            tell(f"applying {value.name}", i, len(values))
+            carved = value.apply(carved, task)
+        tell("measuring what it became", 0, 0)
+        after = task.score(carved, "validation")
+    provenance = {"base": Path(model).name, "methods": [v.to_json() for v in values], "netsuke": __version__}
+    trained_on = (loaded.manifest or {}).get("provenance", {}).get("data")
+    if trained_on:
+        provenance["data"] = trained_on
+    facts = {"perplexity_validation": after, "perplexity_validation_before": quality}
+    save_artifact(target, carved, loaded.tokenizer, provenance=provenance, facts=facts, budget=None)
+    return {
+        "model": model, "methods": provenance["methods"], "bytes_before": before.bytes_on_disk,
+        "bytes_after": sum(f.stat().st_size for f in target.iterdir()), "metric": task.metric,
+        "before": quality, "after": after, "artifact": str(target),
+    }  # fmt: skip

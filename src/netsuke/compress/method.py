@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,3 +69,23 @@ def from_json(value: dict[str, Any]) -> Method:
         if key not in allowed:
             raise NetsukeError(f"build {name}", f"unknown knob {key!r}", ", ".join(sorted(allowed)))
     return known[name](**value)
+
+
+def parse(text: str) -> Method:
+    """A method from "NAME" or "NAME:knob=value,knob=value" (values as JSON, else as text), or from a JSON object."""
+    if text.lstrip().startswith("{"):
+        try:
+            return from_json(json.loads(text))
+        except json.JSONDecodeError as e:
+            raise NetsukeError("build a method", f"{text[:60]!r} is not JSON ({e.msg})", "NAME:knob=value") from None
+    name, _, rest = text.partition(":")
+    value: dict[str, Any] = {"method": name}
+    for pair in filter(None, rest.split(",")):
+        knob, equals, given = pair.partition("=")
+        if not equals:
+            raise NetsukeError(f"build {name}", f"{pair!r} sets nothing", "knob=value", f"{name}:bits=4")
+        try:
+            value[knob.strip()] = json.loads(given)
+        except json.JSONDecodeError:
+            value[knob.strip()] = given.strip()
+    return from_json(value)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from netsuke.data import pysource
 from netsuke.errors import NetsukeError
 from netsuke.models.tokenizer import Tokenizer
 from netsuke.tasks.base import Split
+
+if TYPE_CHECKING:
+    from netsuke.models.load import Loaded
 
 TEXT_ENDINGS = {".txt", ".md", ".py", ".rst", ".json", ".jsonl", ".csv", ".html", ".c", ".h", ".js", ".ts"}
 
@@ -131,6 +135,31 @@ class LanguageModeling:
                 for s, t in self.texts.items()
             },
         }  # fmt: skip
+
+
+def language_task(loaded: Loaded, data: str | None, context: int | None) -> LanguageModeling:
+    """The task on which a loaded model is measured: `data` (a UTF-8 file or folder, or "python-library"), or the data that
+    the model's own manifest names.
+
+    Windows have `context` tokens, by default as many as the model has, at most 512. Raises NetsukeError when the model has
+    no tokenizer, or neither the caller nor the manifest names a text.
+    """
+    if loaded.tokenizer is None:
+        raise NetsukeError(
+            f"measure {loaded.source}", "it has no tokenizer, so no text can be scored", "tokenizer.json beside the weights"
+        )
+    if context is not None and not 8 <= context <= loaded.model.cfg.context:
+        raise NetsukeError("use this context", f"{context} tokens", f"8 to {loaded.model.cfg.context}, the model's own")
+    context = context or min(512, loaded.model.cfg.context)
+    data = data or (loaded.manifest or {}).get("provenance", {}).get("data")
+    if data is None:
+        raise NetsukeError(
+            f"measure {loaded.source}", "no text was named to measure it on", "a UTF-8 file or folder, or python-library",
+            "--data FILE, with text like what the model will meet",
+        )  # fmt: skip
+    if data == "python-library":
+        return LanguageModeling.python_library(loaded.tokenizer, context)
+    return LanguageModeling.from_path(data, loaded.tokenizer, context)
 
 
 def _read_utf8(path: Path) -> str:

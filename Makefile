@@ -1,0 +1,35 @@
+# Two commands on a fresh machine (Python 3.11, pip, a C compiler): `make demo` and `make test`.
+# Both set up .venv once, from the versions pinned in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT := out
+
+.PHONY: demo test lint bench pages clean
+
+.venv/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: .venv/ready
+	@mkdir -p $(OUT)
+	$(BIN)/netsuke fit pycode --device pi-zero-2w --storage 4MB -o $(OUT)/pycode-4mb.netsuke
+	$(BIN)/netsuke run $(OUT)/pycode-4mb.netsuke --tokens 48 --prompt 'def read_json(path):'
+
+test: .venv/ready
+	$(BIN)/pytest -n 2
+
+lint: .venv/ready
+	$(BIN)/ruff check src tests recipes benchmarks
+	$(BIN)/ruff format --check src tests recipes benchmarks
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/plan.py --json
+	$(BIN)/python benchmarks/allocation.py --json
+
+pages: .venv/ready
+	$(BIN)/netsuke reproduce --page
+
+clean:
+	rm -rf .venv $(OUT) build

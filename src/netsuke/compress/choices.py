@@ -1,0 +1,226 @@
+"""What `fit` may choose between: for every part of a model, its widths and bits, each with its cost and measured harm.
+
+A part is a module pair of a block (feed-forward, query/key, value/output) or the embedding. Its options are all
+combinations of a MoDeGPT cut and of bits per linear map. Harm is measured, not guessed: the part is replaced by its cut
+or quantized self, everything else left alone, and the rise of the loss on probe text is taken (nats per token). Cuts and
+bits are taken to add up; the sum is a prediction that `fit` checks by measuring what it built.
+
+The residual stream before every block is kept, so a trial runs from its own block on: half the time of a full pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from netsuke.allocate import Option
+from netsuke.compress.modegpt import MoDeGPT, calibrate, cut_module
+from netsuke.compress.quantize import quantize_linear
+from netsuke.devices import Device, Work
+from netsuke.layers.linear import Dense, LinearBase
+from netsuke.layers.registry import layer_bytes
+from netsuke.measure.activations import Gram, tapped
+from netsuke.models.llama import Block, BlockShape, Llama, rope_table
+from netsuke.tasks.language import LanguageModeling
+
+PARTS = {"mlp": ("gate", "up", "down"), "qk": ("q", "k"), "vo": ("v", "o")}
+CUTS = (0.0, 0.125, 0.25, 0.375, 0.5)
+BITS = (16, 8, 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class PartChoice:
+    """One option of one part: the share of its width removed, and bits per linear map ("blocks.0.gate" -> 4)."""
+
+    part: str
+    layer: int | None
+    module: str
+    cut: float
+    bits: dict[str, int]
+
+
+class Probe:
+    """Loss of a model with one block or table replaced, on fixed windows (W, T+1), without running what is unchanged."""
+
+    def __init__(self, model: Llama, windows: Tensor):
+        self.model, self.ids, self.targets = model, windows[:, :-1], windows[:, 1:]
+        self.streams: list[Tensor] = []
+        x = model.embed.rows(self.ids)
+        for block in model.blocks:
+            self.streams.append(x)
+            x = block(x)
+        self.streams.append(x)
+        self.base = self.loss_from(len(model.blocks), {})
+
+    def loss_from(self, layer: int, blocks: dict[int, Block], x: Tensor | None = None) -> float:
+        """Mean loss when the blocks of `blocks` stand in for the model's, starting from the stream before `layer`."""
+        x = self.streams[layer] if x is None else x
+        for i in range(layer, len(self.model.blocks)):
+            x = blocks.get(i, self.model.blocks[i])(x)
+        return float(F.cross_entropy(self.model.logits(x).flatten(0, 1), self.targets.flatten()))
+
+    def block_harm(self, layer: int, block: Block) -> float:
+        return self.loss_from(layer, {layer: block}) - self.base
+
+    def table_harm(self, name: str, table: LinearBase) -> float:
+        """Harm of replacing "embed" or "head"."""
+        before = getattr(self.model, name)
+        self.model.replace(name, table)
+        try:
+            if name == "embed":
+                return self.loss_from(0, {}, table.rows(self.ids)) - self.base
+            return self.loss_from(len(self.model.blocks), {}) - self.base
+        finally:
+            self.model.replace(name, before)
+
+
+def with_linears(block: Block, linears: dict[str, LinearBase], shape: BlockShape | None = None) -> Block:
+    """A copy of `block` that shares all but the given linear maps (and their widths)."""
+    blocks = tuple(shape if shape and i == block.layer else b for i, b in enumerate(block.cfg.blocks))
+    cfg = msgspec.structs.replace(block.cfg, blocks=blocks)
+    with torch.device("meta"):
+        new = Block(cfg, block.layer)
+    new.freq = rope_table(cfg, block.layer)[0]
+    for name, module in block.named_children():
+        setattr(new, name, linears.get(name, module))
+    return new
+
+
+def input_grams(model: Llama, task: LanguageModeling, windows: int) -> dict[str, Gram]:
+    """Σ xᵀx at the input of every linear map, by name; maps that share an input share its sum."""
+    shared = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+    grams: dict[str, Gram] = {}
+    taps = {}
+    for i, block in enumerate(model.blocks):
+        for name, leader in shared.items():
+            grams[f"blocks.{i}.{name}"] = grams.setdefault(f"blocks.{i}.{leader}", Gram())
+            taps[getattr(block, leader)] = grams[f"blocks.{i}.{leader}"]
+    head = model.head if model.head is not None else model.embed
+    grams["head" if model.head is not None else "embed"] = taps[head] = Gram()
+    with torch.no_grad(), tapped(inputs=taps):
+        for rows in task.batches("train", limit=max(windows // task.batch, 1)):
+            model(rows[:, :-1])
+    return grams
+
+
+def dense_cost(outs: int, ins: int, bias: bool, bits: int, group: int, device: Device) -> dict[str, float]:
+    """Bytes and seconds per generated token of one linear map at these bits on this device."""
+    spec = {"kind": "dense", "dtype": "float16"} if bits == 16 else {"kind": "quant", "bits": bits, "group": group}
+    size = layer_bytes(spec, outs, ins, bias)
+    work = Work(macs=outs * ins, bytes_read=size, bits=bits)
+    cost = device.cost(work)
+    return {"storage": size, "ram": size, "latency": cost.latency, "energy": cost.energy}
+
+
+def offer(
+    model: Llama, task: LanguageModeling, device: Device, *, group: int = 64, windows: int = 8, calibration: int = 32,
+    cuts: tuple[float, ...] = CUTS, bits: tuple[int, ...] = BITS, modules: tuple[str, ...] = ("mlp", "qk", "vo"),
+    kv_bytes: float = 0.0, on_trial: Callable[[int, int], None] | None = None,
+) -> tuple[list[list[Option]], Probe]:  # fmt: skip
+    """The options of every part of a dense model, harm measured on `windows` validation windows.
+
+    `kv_bytes` is what one number per token and block of the key/value cache costs in RAM (tokens × bytes), so that
+    narrower heads are credited with it.
+    """
+    cfg, knobs = model.cfg, MoDeGPT(calibration=calibration, modules=modules)
+    with torch.no_grad():
+        probe = Probe(model, task.windows("validation")[:windows])
+        grams = input_grams(model, task, calibration)
+        stats = calibrate(model, task, calibration) if any(c > 0 for c in cuts) else None
+        tables = ["embed"] + (["head"] if model.head is not None else [])
+        quantized = sum(b < 16 for b in bits)
+        total = len(cfg.blocks) * (7 * quantized + len(modules) * sum(c > 0 for c in cuts)) + len(tables) * quantized
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            if on_trial:
+                on_trial(done, total)
+
+        parts = []
+        for i, block in enumerate(model.blocks):
+            bit_harm = {}
+            for name in cfg.linear_shapes(i):
+                full = f"blocks.{i}.{name}"
+                for b in bits:
+                    if b < 16:
+                        small = quantize_linear(getattr(block, name), b, group, "gptq", grams[full])
+                        bit_harm[name, b] = max(probe.block_harm(i, with_linears(block, {name: small})), 0.0)
+                        tick()
+                    else:
+                        bit_harm[name, b] = 0.0
+            for module, names in PARTS.items():
+                trials = [(0.0, 0.0, cfg.blocks[i])]
+                for cut in cuts:
+                    if cut > 0 and module in modules:
+                        shape, linears = cut_module(model, i, module, cut, stats[i], knobs)
+                        harm = probe.block_harm(i, with_linears(block, linears, shape))
+                        trials.append((cut, max(harm, 0.0), shape))
+                        tick()
+                parts.append(
+                    list(_part_options(cfg, i, module, names, trials, bit_harm, bits, group, device, kv_bytes))
+                )
+        for name in tables:
+            parts.append(_table_options(model, name, probe, bits, group, device, grams, tick))
+        return parts, probe
+
+
+def _part_options(cfg, i, module, names, trials, bit_harm, bits, group, device, kv_bytes) -> Iterator[Option]:
+    for cut, cut_harm, shape in trials:
+        narrow = msgspec.structs.replace(cfg, blocks=(*cfg.blocks[:i], shape, *cfg.blocks[i + 1 :]))
+        shapes = narrow.linear_shapes(i)
+        cost_of = {(n, b): dense_cost(*shapes[n], b, group, device) for n in names for b in bits}
+        cached = {"mlp": 0, "qk": 2 * narrow.pair_count(i), "vo": shape.value_dim}[module] * cfg.kv_heads * kv_bytes
+        for combo in product(bits, repeat=len(names)):
+            costs = [cost_of[n, b] for n, b in zip(names, combo)]
+            total = {k: sum(c[k] for c in costs) for k in costs[0]}
+            total["ram"] += cached
+            # what is left of a cut part carries that much less rounding noise
+            harm = cut_harm + (1 - cut) * sum(bit_harm[n, b] for n, b in zip(names, combo))
+            chosen = {f"blocks.{i}.{n}": b for n, b in zip(names, combo)}
+            yield Option(PartChoice(f"blocks.{i}.{module}", i, module, cut, chosen), harm, total)
+
+
+def _table_options(model, name, probe, bits, group, device, grams, tick) -> list[Option]:
+    """Options of the embedding table or a separate head. A table that is only looked up costs no bandwidth."""
+    table: Dense = getattr(model, name)
+    out = []
+    for b in bits:
+        harm = 0.0
+        if b < 16:
+            # a tied table is read as rows too, where error compensation for the head would do harm: plain rounding
+            solver = "gptq" if name == "head" else "rtn"
+            small = quantize_linear(table, b, group, solver, grams.get(name))
+            harm = max(probe.table_harm(name, small), 0.0)
+            tick()
+        cost = dense_cost(table.outs, table.ins, table.bias is not None, b, group, device)
+        if name == "embed" and model.head is not None:
+            cost["latency"] = cost["energy"] = 0.0
+        out.append(Option(PartChoice(name, None, name, 0.0, {name: b}), harm, cost))
+    return out
+
+
+def methods_for(choices: list[PartChoice], layers: int, group: int, calibration: int) -> list:
+    """The method values that build what was chosen: first the cuts, then the bits."""
+    from netsuke.compress.quantize import Quantize
+
+    cuts = [{"mlp": 0.0, "qk": 0.0, "vo": 0.0} for _ in range(layers)]
+    bits: dict[str, int] = {}
+    for c in choices:
+        bits.update(c.bits)
+        if c.layer is not None:
+            cuts[c.layer][c.module] = c.cut
+    out: list = []
+    if any(f > 0 for row in cuts for f in row.values()):
+        per_block = tuple((r["mlp"], r["qk"], r["vo"]) for r in cuts)
+        out.append(MoDeGPT(per_block=per_block, calibration=calibration))
+    if any(b < 16 for b in bits.values()):
+        out.append(Quantize(bits=16, group=group, per_layer=bits, calibration=calibration))
+    return out
