@@ -30,6 +30,14 @@ def test_the_table_has_every_card(run):
     assert "2.20 GB" in result.stdout and "124.6" not in result.stdout and "125 M" in result.stdout
 
 
+def test_a_narrow_terminal_cuts_the_chip_and_nothing_else(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run().stdout
+    for name in Device.names():
+        assert f" {name} " in text
+    assert "ESP32-S3 with…" in text and "124.6" not in text and "125 M" in text
+
+
 def test_json_of_all(run):
     rows = json.loads(run("--json").stdout)
     assert [row["name"] for row in rows] == Device.names() and rows == devices()
@@ -60,3 +68,10 @@ def test_brackets_in_a_card_are_printed_as_they_are(run, tmp_path):
 def test_an_unknown_device_raises_for_the_command_line_to_print(run):
     error = run("show", "pi99").exception
     assert isinstance(error, NetsukeError) and error.code == 2 and "pi4" in str(error)
+
+
+def test_refresh_measures_again(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Device, "this", lambda refresh=False: calls.append(refresh) or Device.load("pi4"))
+    assert run("show", "this").exit_code == run("show", "this", "--refresh", "--json").exit_code == 0
+    assert calls == [False, True]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
+import subprocess
+import sys
 
 import msgspec
 import pytest
 
-from netsuke.devices import Device, probe
+from netsuke.devices import Device, probe, speed
 from netsuke.errors import NetsukeError
 
 
@@ -31,56 +32,70 @@ def quick(monkeypatch):
 
 
 def test_the_measurements_are_plausible():
-    assert 1e8 < probe.read_bandwidth(1, 64 << 20, seconds=0.05) < 1e12
-    assert 1e8 < probe.f32_rate(1, n=256, seconds=0.05) < 1e13
-    assert 1e-8 < probe.launch_seconds(2, seconds=0.02) < 1e-2
+    assert 1e8 < speed.read_bandwidth(1, 64 << 20, seconds=0.05) < 1e12
+    assert 1e-8 < speed.launch_seconds(2, seconds=0.02) < 1e-2
 
 
-def test_a_whole_probe(monkeypatch):
-    for name in ("read_bandwidth", "f32_rate", "launch_seconds"):
-        measure = getattr(probe, name)
-        monkeypatch.setattr(probe, name, lambda *a, m=measure: m(*a, seconds=0.02))
-    monkeypatch.setattr(probe, "int8_rate", lambda cores: None)
-    monkeypatch.setattr(probe, "storage_bandwidth", lambda folder, m=probe.storage_bandwidth: m(folder, 8 << 20))
+def test_arithmetic_is_measured_in_another_process():
+    pytest.importorskip("torch")
+    code = "import sys; from netsuke.devices import speed; print(speed.arithmetic(1, 0.02), 'torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    floats, ints, seen = printed.replace("(", "").replace(")", "").replace(",", "").split()
+    assert 1e8 < float(floats) < 1e13 and 1e8 < float(ints) < 1e14 and seen == "False"
+
+
+@pytest.mark.parametrize(("script", "word"), [("raise SystemExit('no BLAS')", "no BLAS"), ("pass", "no output")])
+def test_a_failed_measurement_is_one_sentence(monkeypatch, tmp_path, script, word):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(speed.sys, "executable", str(fake))
+    with pytest.raises(NetsukeError, match=word):
+        speed.arithmetic(1)
+    monkeypatch.setattr(speed.sys, "executable", str(tmp_path / "nothing"))
+    with pytest.raises(NetsukeError, match="cannot measure the arithmetic"):
+        speed.arithmetic(1)
+
+
+@pytest.mark.parametrize("ints", [None, 7e9])
+def test_a_whole_probe(monkeypatch, ints):
+    for name in ("read_bandwidth", "launch_seconds"):
+        measure = getattr(speed, name)
+        monkeypatch.setattr(speed, name, lambda *a, m=measure: m(*a, seconds=0.02))
+    monkeypatch.setattr(speed, "arithmetic", lambda cores: (2e9, ints))
+    monkeypatch.setattr(speed, "storage_bandwidth", lambda folder, m=speed.storage_bandwidth: m(folder, 8 << 20))
     device = probe.probe()
     assert device.name == "this" and device.cores == probe.core_count()
-    assert device.rates["int8"] == 2 * device.rates["f32"] and "estimated" in device.sources["rates.int8"]
+    assert device.rates == {"f32": 2e9, "int8": 4e9 if ints is None else 7e9}
+    assert device.sources["rates.int8"].startswith("estimated: twice" if ints is None else "measured: ")
     for field in ("ram", "ram_total", "ram_bandwidth", "rates.f32", "cores", "overhead_s"):
         assert device.sources[field].startswith("measured: ")
+    assert device.sources.keys() == device.numbers().keys()
     assert all(text.startswith(("measured: ", "estimated: ")) for text in device.sources.values())
 
 
-def test_int8_is_measured_with_torch_and_leaves_its_threads_alone():
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    assert 1e8 < probe.int8_rate(1, n=128, seconds=0.02) < 1e14
-    assert torch.get_num_threads() == before
+def test_a_busy_machine_is_noted(monkeypatch):
+    monkeypatch.setattr(probe.os, "getloadavg", lambda: (3.0, 0, 0))
+    assert "3.0 programs" in probe.load_note(2) and probe.load_note(8) == ""
 
 
 def test_without_torch_int8_is_not_measured(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *rest, **more):
-        if name == "torch":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    assert probe.int8_rate(1, n=64) is None
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert speed.int8_rate(1, 0.01) is None
 
 
 def test_storage_is_read_back_and_nothing_is_left(tmp_path):
-    rate, source = probe.storage_bandwidth(tmp_path, 16 << 20)
+    rate, source = speed.storage_bandwidth(tmp_path, 16 << 20)
     assert 1e6 < rate < 1e12 and source.startswith("measured: ")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_could_not_be_dropped_is_called_an_upper_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "_read_rate", lambda path: 5e9)
-    assert "upper bound" in probe.storage_bandwidth(tmp_path, 8 << 20)[1]
+    monkeypatch.setattr(speed, "_read_rate", lambda path: 5e9)
+    assert "upper bound" in speed.storage_bandwidth(tmp_path, 8 << 20)[1]
     speeds = iter([1e9, 8e9, 9e9])
-    monkeypatch.setattr(probe, "_read_rate", lambda path: next(speeds))
-    rate, source = probe.storage_bandwidth(tmp_path, 8 << 20)
+    monkeypatch.setattr(speed, "_read_rate", lambda path: next(speeds))
+    rate, source = speed.storage_bandwidth(tmp_path, 8 << 20)
     assert rate == 1e9 and "dropped" in source and "upper bound" not in source
 
 
@@ -88,8 +103,8 @@ def test_a_full_disk_gives_a_marked_estimate(tmp_path, monkeypatch):
     def full(*_args, **_more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(probe.tempfile, "NamedTemporaryFile", full)
-    rate, source = probe.storage_bandwidth(tmp_path)
+    monkeypatch.setattr(speed.tempfile, "NamedTemporaryFile", full)
+    rate, source = speed.storage_bandwidth(tmp_path)
     assert rate > 0 and source.startswith("estimated: ") and "No space left" in source
 
 

@@ -11,11 +11,13 @@ from netsuke.devices.device import Device
 __all__ = ["Budget", "Cost", "Device", "Work", "devices", "format_bytes", "format_seconds", "parse_bytes"]
 
 
-def devices(name: str | None = None) -> list[dict] | dict:
-    """All cards as plain dictionaries, or one with its sources; "this" measures the machine at hand.
+def devices(name: str | None = None, refresh: bool = False) -> list[dict] | dict:
+    """All cards as plain dictionaries, or one with its sources; "this" is the machine at hand, measured once and again
+    with `refresh`.
 
     NetsukeError for a name that is no card.
     """
     if name is None:
         return [devices(card) for card in Device.names()]
-    return msgspec.json.decode(msgspec.json.encode(Device.load(name)))  # lists, not tuples: exactly what --json prints
+    device = Device.this(refresh) if name == "this" else Device.load(name)
+    return msgspec.json.decode(msgspec.json.encode(device))  # lists, not tuples: exactly what --json prints

@@ -41,29 +41,32 @@ def table(context: typer.Context, as_json: AsJson = False) -> None:
         caption="netsuke devices show NAME tells where each figure is from; NAME may be this",
     )
     out.add_column("name", no_wrap=True)
-    out.add_column("chip", no_wrap=True, overflow="ellipsis")
+    console = Console()
+    # the other columns and the gaps take 66: on a narrow terminal the chip is cut short, never a name or a number
+    out.add_column("chip", no_wrap=True, overflow="ellipsis", max_width=max(8, console.width - 66))
     for heading in ("RAM", "storage", "read/s", "int8 MAC/s"):
         out.add_column(heading, justify="right", no_wrap=True)
     for device in map(Device.load, Device.names()):
         sizes = [format_bytes(n) for n in (device.ram, device.storage, device.ram_bandwidth)]
         out.add_row(device.name, device.title, *sizes, format_rate(device.rate(8)))
-    Console().print(out)
+    console.print(out)
 
 
 def show(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help='A card, "this", or a path ending in .toml.')],
     as_json: AsJson = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure this machine again.")] = False,
 ) -> None:
     """One device: every figure, and where it is from."""
     if as_json or (context.parent is not None and context.parent.params.get("as_json")):
-        typer.echo(json.dumps(devices(name), indent=2))
+        typer.echo(json.dumps(devices(name, refresh), indent=2))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    device = Device.load(name)
+    device = Device.this(refresh) if name == "this" else Device.load(name)
     words = f"{device.kind}; {', '.join(device.isa) or 'no instruction sets named'}; runs {', '.join(device.homes)}"
     out = Table(title=Text(f"{device.name}: {device.title}"), caption=Text(words))
     out.add_column("figure", no_wrap=True)

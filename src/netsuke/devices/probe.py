@@ -1,6 +1,5 @@
 """`Device.this()`: the machine at hand, measured in 10 to 20 seconds and kept in the user's cache.
 
-Speeds are the best of several runs: other programs can only slow a run down, and a plan needs what the machine can do.
 What changes from minute to minute (free memory, free disk) is read anew at every call, cache or not. Energy is not
 measured: few machines let a plain user read it, and the figures say that they are estimates.
 """
@@ -14,14 +13,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 from netsuke import __version__
+from netsuke.devices import speed
 from netsuke.devices.device import Device
 from netsuke.errors import NetsukeError
 
@@ -37,8 +35,6 @@ APPLE_ISA = {
     "FEAT_BF16": "bf16",
     "FEAT_SME": "sme",
 }
-# 3 ms at 40 GMAC/s: short enough to fit between the time slices of other programs (with 1024 a busy machine read 3x low)
-PRODUCT = 512
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number just below 2^63
 
 
@@ -186,116 +182,6 @@ def last_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def best_time(call: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest call among those that fit into `seconds` (five at least), after one not counted."""
-    call()
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < seconds:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def read_bandwidth(cores: int, size: int, seconds: float = 1.0) -> float:
-    """Bytes/s read from RAM: an OR over a buffer of `size` bytes, cut among 1 and among all cores; the better counts.
-
-    The OR of 64-bit words does the least arithmetic of NumPy's reductions (a float sum is 40 % slower here), and
-    reductions release the interpreter lock.
-    """
-    import numpy as np
-
-    data = np.ones(size // 8, np.int64)
-    rates = []
-    for threads in sorted({1, cores}):
-        parts = np.array_split(data, threads)
-        with ThreadPoolExecutor(threads) as pool:
-            rates.append(data.nbytes / best_time(lambda p=parts, q=pool: list(q.map(np.bitwise_or.reduce, p)), seconds))
-    return max(rates)
-
-
-def f32_rate(cores: int, n: int = PRODUCT, seconds: float = 1.0) -> float:
-    """Multiply-accumulates/s of n×n float32 products: one product by the library's own threads, and one product per
-    core side by side; the better counts, since the library may have been told to use one thread."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    left = [generator.standard_normal((n, n), np.float32) for _ in range(cores)]
-    single = n**3 / best_time(lambda: left[0] @ left[0], seconds)
-    with ThreadPoolExecutor(cores) as pool:
-        return max(single, cores * n**3 / best_time(lambda: list(pool.map(lambda m: m @ m, left)), seconds))
-
-
-def int8_rate(cores: int, n: int = PRODUCT, seconds: float = 1.0) -> float | None:
-    """Multiply-accumulates/s of n×n int8 products with int32 sums, by PyTorch; None where that is not to be had."""
-    try:
-        import torch
-
-        before = torch.get_num_threads()
-    except (ImportError, OSError):
-        return None
-    rates = []
-    try:
-        ones = torch.ones((n, n), dtype=torch.int8)
-        for threads in sorted({1, cores}):
-            torch.set_num_threads(threads)
-            rates.append(n**3 / best_time(lambda: torch._int_mm(ones, ones), seconds))
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return None
-    finally:
-        torch.set_num_threads(before)
-    return max(rates)
-
-
-def storage_bandwidth(folder: Path, size: int = 128 << 20) -> tuple[float, str]:
-    """(bytes/s, source): a file is written, synced, dropped from the page cache and read back in order.
-
-    A second, warm read tells whether the cache was really dropped: where the first is nearly as fast, the figure is
-    called an upper bound. NetsukeError is never raised: a disk that cannot be written gives a marked estimate.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        size = min(size, shutil.disk_usage(folder).free // 4)
-        if size < 4 << 20:
-            raise OSError("too little room")
-        block = os.urandom(4 << 20)  # random: a file system that compresses must not look fast
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as file:
-            for _ in range(size // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            cold, warm = _read_rate(file.name), max(_read_rate(file.name) for _ in range(2))
-    except OSError as error:
-        return (
-            50e6,
-            f"estimated: a slow memory card, since no file could be written to measure ({error.strerror or error})",
-        )
-    words = f"sequential read of a fresh {size >> 20} MiB file, synced"
-    if cold > 0.8 * warm:
-        return cold, f"measured: upper bound, {words}; the page cache could not be dropped (a memory file system?)"
-    return cold, f"measured: {words} and dropped from the page cache"
-
-
-def _read_rate(path: str) -> float:
-    block = bytearray(4 << 20)
-    done, start = 0, time.perf_counter()
-    with open(path, "rb", buffering=0) as file:
-        while read := file.readinto(block):
-            done += read
-    return done / (time.perf_counter() - start)
-
-
-def launch_seconds(cores: int, seconds: float = 0.5) -> float:
-    """Seconds to hand one tiny product to every core and wait for all: what one operator costs before it computes."""
-    import numpy as np
-
-    tiny = np.ones((8, 8), np.float32)
-    with ThreadPoolExecutor(cores) as pool:
-        return best_time(lambda: list(pool.map(tiny.dot, [tiny] * cores)), seconds)
-
-
 def with_free_space(device: Device) -> Device:
     """The device with what is free this minute."""
     now, how = free_space()
@@ -328,47 +214,54 @@ def machine_kind(arm: bool) -> str:
     return "sbc" if arm else "server"
 
 
+def load_note(cores: int) -> str:
+    """What to add to a source when other programs were busy: the figure may then be low."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f"; perhaps low, {load:.1f} programs were already busy on {cores} cores" if load > 0.5 * cores else ""
+
+
 def probe() -> Device:
     """Measure this machine. Takes 10 to 20 s, a quarter of the free memory at most, and 128 MiB of disk for a moment.
 
     NetsukeError where not even the memory size can be read.
     """
     cores = core_count()
+    busy = load_note(cores)
     now, how = free_space()
     size = min(max(256 << 20, 4 * last_cache_bytes()), 1 << 30, max(1 << 20, now["ram"] // 4))
-    ints = int8_rate(cores)
-    floats = f32_rate(cores)
+    floats, ints = speed.arithmetic(cores)
     rates = {"f32": floats, "int8": 2 * floats if ints is None else ints}
-    disk, disk_source = storage_bandwidth(cache_folder())
+    disk, disk_source = speed.storage_bandwidth(cache_folder())
     arm = platform.machine().lower().startswith(("arm", "aarch64"))
     watts = (1.0 if arm else 5.0) * cores
+    products = f"product of {speed.PRODUCT}×{speed.PRODUCT}"
     energy_source = f"estimated: {watts / cores:g} W per busy core, divided by the measured rate"
     return Device(
         name="this",
         title=f"{cpu_model()}, {cores} cores",
         kind=machine_kind(arm),
         **now,
-        ram_bandwidth=read_bandwidth(cores, size),
+        ram_bandwidth=speed.read_bandwidth(cores, size),
         storage_bandwidth=disk,
         rates=rates,
         cores=cores,
         isa=instruction_sets(),
-        overhead_s=launch_seconds(cores),
+        overhead_s=speed.launch_seconds(cores),
         energy_per_mac={key: watts / rate for key, rate in rates.items()},
         energy_per_byte=4e-11,
         homes=("native", "web", "onnx", "executorch", "gguf"),
         sources=how
         | {
-            "ram_bandwidth": f"measured: fastest OR-reduction over {size >> 20} MiB, by 1 and by {cores} threads",
+            "ram_bandwidth": f"measured: fastest OR-reduction over {size >> 20} MiB, by 1 and by {cores} threads{busy}",
             "storage_bandwidth": disk_source,
-            "rates.f32": f"measured: fastest product of {PRODUCT}×{PRODUCT} float32 matrices, NumPy",
+            "rates.f32": f"measured: fastest {products} float32 matrices, NumPy{busy}",
             "rates.int8": (
-                f"measured: fastest product of {PRODUCT}×{PRODUCT} int8 matrices with int32 sums, PyTorch"
+                f"measured: fastest {products} int8 matrices with int32 sums, PyTorch{busy}"
                 if ints is not None
                 else "estimated: twice the measured f32 rate, since there is no PyTorch to measure int8 with"
             ),
             "cores": "measured: processor cores that this process may use",
-            "overhead_s": f"measured: fastest hand-over of a tiny product to {cores} threads",
+            "overhead_s": f"measured: fastest hand-over of a tiny product to {cores} threads{busy}",
             "energy_per_mac.f32": energy_source,
             "energy_per_mac.int8": energy_source,
             "energy_per_byte": "estimated: 5 pJ per bit for DDR4, LPDDR4 and later, controller included",
