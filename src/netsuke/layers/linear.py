@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from netsuke.errors import NetsukeError
+
 
 class LinearBase(nn.Module):
     """What all linear maps share. Subclasses set `outs`, `ins`, `bias` and implement `to_dense`, `spec`, `empty`."""
@@ -59,6 +61,14 @@ class Dense(LinearBase):
     def empty(cls, outs: int, ins: int, bias: bool, dtype: str = "float32") -> Dense:
         kind = getattr(torch, dtype)
         return cls(torch.empty(outs, ins, dtype=kind), torch.empty(outs, dtype=kind) if bias else None)
+
+    @classmethod
+    def from_spec(cls, spec: dict, outs: int, ins: int, bias: bool) -> Dense:
+        """The empty layer of a spec. Raises NetsukeError when its dtype is none of the three."""
+        dtype = spec.get("dtype")
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise NetsukeError("build a dense layer", f"dtype {dtype!r}", "float32, float16, bfloat16")
+        return cls.empty(outs, ins, bias, dtype)
 
     def weight_for(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype)

@@ -5,7 +5,8 @@ of the feed-forward part, the kept rotary pairs of each key head, the width of a
 half-split (dimension j turns with j + r, where r is the number of kept pairs); files with interleaved pairs are
 permuted when loaded. Attention keeps the scale 1/sqrt(head_dim) of the uncut model.
 
-Dimension letters: B batch, T tokens, S tokens seen so far, C width, H heads, K key heads, R rotary pairs, F hidden, V vocabulary.
+Dimension letters: B batch, T tokens, S tokens seen so far, C width, H heads, K key heads, R rotary pairs, F hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class BlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How rotary frequencies are stretched for long contexts ("linear", "llama3" or "yarn", as Hugging Face names them)."""
+    """How rotary frequencies are stretched for long contexts ("linear", "llama3" or "yarn", as Hugging Face names
+    them)."""
 
     kind: str
     factor: float = 1.0
@@ -111,10 +113,17 @@ def rope_frequencies(cfg: LlamaConfig) -> tuple[Tensor, float]:
 
         low = max(math.floor(turns_to_dim(s.beta_fast)), 0)
         high = min(math.ceil(turns_to_dim(s.beta_slow)), dim - 1)
-        ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
-        scale = s.attention_factor if s.attention_factor is not None else 0.1 * math.log(s.factor) + 1.0
+        ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / ((high - low) or 1e-3)).clamp(0, 1)
+        scale = s.attention_factor if s.attention_factor is not None else 0.1 * math.log(max(s.factor, 1.0)) + 1.0
         return (freq / s.factor * ramp + freq * (1 - ramp)).float(), scale
     raise ValueError(f"rope scaling {s.kind!r}")  # load.py has refused it by name before
+
+
+def rope_table(cfg: LlamaConfig, layer: int) -> tuple[Tensor, float]:
+    """Frequencies of the rotary pairs that a block kept, (1 or K, R), and the factor on cos and sin."""
+    freq, scale = rope_frequencies(cfg)
+    pairs = cfg.blocks[layer].pairs
+    return (freq[None] if pairs is None else freq[torch.tensor(pairs)]), scale
 
 
 class RMSNorm(nn.Module):
@@ -192,14 +201,13 @@ class Block(nn.Module):
 
     def __init__(self, cfg: LlamaConfig, layer: int, dtype: str = "float32"):
         super().__init__()
-        self.cfg, self.layer, shape = cfg, layer, cfg.blocks[layer]
+        self.cfg, self.layer = cfg, layer
         for name, (outs, ins, bias) in cfg.linear_shapes(layer).items():
             setattr(self, name, Dense.empty(outs, ins, bias, dtype))
         self.attn_norm, self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps), RMSNorm(cfg.width, cfg.norm_eps)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps), RMSNorm(cfg.head_dim, cfg.norm_eps)
-        freq, self.rope_scale = rope_frequencies(cfg)
-        table = freq[None] if shape.pairs is None else freq[torch.tensor(shape.pairs)]  # (1 or K, R)
+        table, self.rope_scale = rope_table(cfg, layer)
         self.register_buffer("freq", table, persistent=False)
 
     def rope(self, start: int, T: int) -> tuple[Tensor, Tensor]:
