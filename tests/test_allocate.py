@@ -11,7 +11,10 @@ from netsuke.allocate import Option, allocate, frontier, undominated
 def random_parts(seed: int, parts: int = 5, options: int = 4) -> list[list[Option]]:
     rng = np.random.default_rng(seed)
     return [
-        [Option((p, o), float(h), {"storage": float(s), "latency": float(t)}) for o, (h, s, t) in enumerate(rng.random((options, 3)))]
+        [
+            Option((p, o), float(h), {"storage": float(s), "latency": float(t)})
+            for o, (h, s, t) in enumerate(rng.random((options, 3)))
+        ]
         for p in range(parts)
     ]
 
@@ -45,7 +48,9 @@ def test_infeasible_names_the_binding_limit_and_the_nearest_set():
 
 
 def test_minimises_a_resource_under_a_harm_limit():
-    parts = [[Option(16, 0.0, {"storage": 16.0}), Option(4, 0.1, {"storage": 4.0}), Option(2, 0.9, {"storage": 2.0})]] * 4
+    parts = [
+        [Option(16, 0.0, {"storage": 16.0}), Option(4, 0.1, {"storage": 4.0}), Option(2, 0.9, {"storage": 2.0})]
+    ] * 4
     found = allocate(parts, {"harm": 0.25}, minimise="storage")
     assert found.costs["storage"] == 16 + 16 + 4 + 4
     assert found.harm == pytest.approx(0.2)

@@ -23,7 +23,10 @@ PACKAGES = {
     "tqdm": 1.0, "PIL": 1.0, "joblib": 1.0, "filelock": 1.0, "yaml": 1.0, "dateutil": 1.0, "packaging": 1.0,
     "anyio": 1.0, "msgspec": 1.0, "safetensors": 1.0, "markdown_it": 1.0, "narwhals": 0.3,
 }  # fmt: skip
-LIBRARY_EPOCHS = 3  # the evaluation is on the standard library: its own train split is read more than once
+# The evaluation is on the standard library, so its own train split is read more than once; the second phase, in which
+# the rate falls, reads little else (a last phase on the target's own kind of text is the usual way to finish).
+LIBRARY_EPOCHS = (3, 2)
+OTHER_SHARE = (1.0, 0.12)
 BAD_PATH = re.compile(r"(_generated|_tables?|_data|lextab|parsetab|unicode_?data|_builtins|emoji_codes|_unicode)")
 
 
@@ -46,8 +49,8 @@ def is_table(text: str) -> bool:
     return letters < 0.6 * min(len(text), 20000)
 
 
-def training_files(seed: int = 0) -> tuple[list[str], dict[str, int]]:
-    """Texts of one pass in shuffled order, and bytes per source for the log."""
+def training_files(seed: int = 0, phase: int = 0) -> tuple[list[str], dict[str, int]]:
+    """Texts of one pass of a phase in shuffled order, and bytes per source for the log."""
     rng = random.Random(seed)
     held = set().union(*(long_lines(t) for s in ("validation", "test") for _, t in pysource.modules(s)))
     names, out, seen, bytes_of = held_out_names(), [], set(), {}
@@ -64,7 +67,7 @@ def training_files(seed: int = 0) -> tuple[list[str], dict[str, int]]:
         return path.read_text(encoding="utf-8", errors="replace")
 
     for _, text in pysource.modules("train"):
-        add(text, "standard library", LIBRARY_EPOCHS)
+        add(text, "standard library", LIBRARY_EPOCHS[phase])
     root = pysource.library_root()
     for path in sorted((root / "pydoc_data").glob("*.py")):
         add(read(path).encode().decode("unicode_escape", "replace"), "library prose", 2)
@@ -78,7 +81,7 @@ def training_files(seed: int = 0) -> tuple[list[str], dict[str, int]]:
             in_tests = bool({"tests", "test"} & set(path.relative_to(packages).parts))
             if BAD_PATH.search(path.name) or path.stat().st_size > 200_000:
                 continue
-            if rng.random() < share * (0.4 if in_tests else 1.0):
+            if rng.random() < OTHER_SHARE[phase] * share * (0.4 if in_tests else 1.0):
                 add(read(path), package)
     rng.shuffle(out)
     return out, bytes_of

@@ -25,7 +25,6 @@ from netsuke.verb import verb
 
 if TYPE_CHECKING:
     from netsuke.allocate import Allocation
-    from netsuke.models.llama import Llama
 
 GROUP = 64  # inputs per scale: 32 costs 0.4 bits more per weight, 128 loses visibly at 3 and 2 bits
 CALIBRATION = 32  # windows of train text for statistics
@@ -55,7 +54,9 @@ def fit(
     Returns the report as a dictionary; `fits` says whether a set was found. Raises NetsukeError for unusable input, and
     with code 1 when no set of choices meets the budget (nothing is written then).
     """
-    return Fitting(model, device, Budget.parse(ram, storage, latency, energy, max_loss), data, context, out, cuts, on_progress).run()
+    return Fitting(
+        model, device, Budget.parse(ram, storage, latency, energy, max_loss), data, context, out, cuts, on_progress
+    ).run()
 
 
 class Fitting:
@@ -63,15 +64,18 @@ class Fitting:
 
     def __init__(self, model, device, budget, data, context, out, cuts, on_progress):
         from netsuke.models.load import describe, load
+        from netsuke.models.save import check_writable
         from netsuke.tasks.language import language_task
 
         self.started, self.clock, self.seconds = time.time(), time.monotonic(), {}
         self.name, self.on_progress = model, on_progress or (lambda *_: None)
         self.asked, self.device = budget, Device.load(device)
         self.budget = Budget.for_device(self.device, budget)
-        self.out = Path(out or f"{Path(model).name.removesuffix('.netsuke').removesuffix('.bin')}-{self.device.name}.netsuke")
+        self.out = Path(
+            out or f"{Path(model).name.removesuffix('.netsuke').removesuffix('.bin')}-{self.device.name}.netsuke"
+        )
         if self.out.suffix != ".netsuke":
-            raise NetsukeError(f"write {self.out}", "its name is no artifact's", "a name that ends in .netsuke", f"-o {self.out}.netsuke")
+            self.out = self.out.with_name(self.out.name + ".netsuke")
         check_writable(self.out)
         self.described = describe(model)
         self.loaded = load(model)
@@ -79,7 +83,12 @@ class Fitting:
         self.use_cuts = cuts
         dense = all(s["kind"] == "dense" for s in self.described.layers.values())
         if not dense:
-            raise NetsukeError(f"carve {model}", "its weights are quantized already", "a model with dense weights", "the model it came from")
+            raise NetsukeError(
+                f"carve {model}",
+                "its weights are quantized already",
+                "a model with dense weights",
+                "the model it came from",
+            )
         self.task = language_task(self.loaded, data, context)
         self.context = self.task.context
 
@@ -106,7 +115,9 @@ class Fitting:
         self.step("measuring the model as it is")
         self.dense = self.loaded.model.float()
         self.memory_before = self.memory(self.cfg, self.described.layers)
-        quality = {s: self.task.mean_loss(self.dense, s, CHECK if s == "validation" else None) for s in ("validation", "test")}
+        quality = {
+            s: self.task.mean_loss(self.dense, s, CHECK if s == "validation" else None) for s in ("validation", "test")
+        }
         self.before = {
             "quality": self.quality(quality), "bytes": self.described.bytes_on_disk,
             "peak_ram": self.memory_before["peak"], "latency": self.latency(self.cfg, self.described.layers),
@@ -136,9 +147,10 @@ class Fitting:
     # -- 2. choices, 3. allocation
 
     def make_choices(self) -> None:
-        from netsuke.compress.choices import CUTS, PARTS, offer
+        from netsuke.compress.choices import CUTS, offer
+        from netsuke.compress.modegpt import MODULES
 
-        modules = tuple(PARTS)
+        modules = MODULES
         if self.cfg.qk_norm:  # cutting normed heads would change the norm itself; MoDeGPT refuses it
             modules = ("mlp", "vo")
         kv_bytes = 4.0 * self.context
@@ -154,7 +166,9 @@ class Fitting:
 
     def _dense_total(self, resource: str) -> float:
         """What the uncut 16-bit model costs in the parts' own arithmetic; the rest of the whole is fixed."""
-        untouched = [next(o for o in part if o.value.cut == 0 and set(o.value.bits.values()) == {16}) for part in self.parts]
+        untouched = [
+            next(o for o in part if o.value.cut == 0 and set(o.value.bits.values()) == {16}) for part in self.parts
+        ]
         return sum(o.costs[resource] for o in untouched)
 
     def _fixed_storage(self) -> int:
@@ -245,6 +259,8 @@ class Fitting:
             for method in methods:
                 carved = method.apply(carved, self.task)
             if not methods:
+                from netsuke.models.llama import half_precision
+
                 carved = half_precision(self.dense)
             layers = {n: m.spec() for n, m in carved.linears().items()}
             size = sum(m.bytes() for m in carved.linears().values()) + self.fixed_storage
@@ -257,7 +273,9 @@ class Fitting:
             shrink = {k: shrink.get(k, 0) + max(v, 0) for k, v in over.items()}
             if too_lossy and self._only_loss_asked():
                 excess = loss - self.base_loss
-                harm_limit = (harm_limit or math.log1p(self.budget.max_loss)) * math.log1p(self.budget.max_loss) / excess * 0.97
+                harm_limit = (
+                    (harm_limit or math.log1p(self.budget.max_loss)) * math.log1p(self.budget.max_loss) / excess * 0.97
+                )
             again = self.solve(self.weighted(haste), shrink, harm_limit)
             if not again.feasible:
                 break
@@ -292,7 +310,11 @@ class Fitting:
         provenance = {"base": Path(self.name).name, "methods": [m.to_json() for m in methods], "netsuke": __version__}
         if trained_on:
             provenance["data"] = trained_on
-        facts = {"perplexity_test": quality["test"], "loss_of_quality": loss_of_quality, "peak_ram_planned": memory_after["peak"]}
+        facts = {
+            "perplexity_test": quality["test"],
+            "loss_of_quality": loss_of_quality,
+            "peak_ram_planned": memory_after["peak"],
+        }
         budget = {k: v for k, v in vars(self.budget).items() if v is not None} | {"device": self.device.name}
         self.step("packing and proving")
         ids = self.task.windows("validation")[:2, :64]
@@ -304,11 +326,20 @@ class Fitting:
             proof["difference"] = float((again(ids) - expected).abs().max())
             proof["bytes"] = sum(f.stat().st_size for f in folder.iterdir())
             if proof["difference"] > LOGIT_LIMIT or not torch.isfinite(expected).all():
-                raise NetsukeError(f"prove {self.out.name}", f"reloaded logits differ by {proof['difference']:.2g}", f"{LOGIT_LIMIT:g}", code=1)
+                raise NetsukeError(
+                    f"prove {self.out.name}",
+                    f"reloaded logits differ by {proof['difference']:.2g}",
+                    f"{LOGIT_LIMIT:g}",
+                    code=1,
+                )
             if proof["bytes"] > self.budget.storage:
-                raise NetsukeError(f"fit {self.name}", f"the artifact has {proof['bytes']} bytes", f"{self.budget.storage}", code=1)
+                raise NetsukeError(
+                    f"fit {self.name}", f"the artifact has {proof['bytes']} bytes", f"{self.budget.storage}", code=1
+                )
 
-        save_artifact(self.out, carved, self.loaded.tokenizer, provenance=provenance, facts=facts, budget=budget, verify=prove)
+        save_artifact(
+            self.out, carved, self.loaded.tokenizer, provenance=provenance, facts=facts, budget=budget, verify=prove
+        )
         self.after = {
             "quality": quality, "bytes": proof["bytes"], "peak_ram": memory_after["peak"],
             "latency": self.latency(carved.cfg, winner["layers"]), "loss_of_quality": loss_of_quality,
@@ -318,8 +349,8 @@ class Fitting:
 
     def report(self, winner: dict[str, Any], memory_after: dict[str, int], proof: dict[str, float]) -> dict[str, Any]:
         from netsuke.allocate import frontier
+        from netsuke.measure.machine import provenance
         from netsuke.report import write_report
-        from netsuke.systems.claims import provenance as machine
 
         found = winner["found"]
         base = math.exp(self.base_loss)
@@ -334,7 +365,7 @@ class Fitting:
             label = "bits only" if math.isinf(c["haste"]) else f"bits and cuts (harm of cuts x{c['haste']:g})"
             curve.append({"bytes": size, "quality_predicted": base * math.exp(c["found"].harm), "quality_measured": math.exp(c["loss"]),
                           "chosen": c is winner, "label": label})  # fmt: skip
-        run = machine(False)
+        run = provenance()
         out = {
             "fits": True, "model": self.name, "source": self.loaded.kind,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)), "command": shlex.join(["netsuke", *sys.argv[1:]]),
@@ -362,14 +393,16 @@ class Fitting:
             "methods": [m.to_json() for m in winner["methods"]],
             "artifact": str(self.out), "report": str(self.out.with_suffix(".report.html")),
             "versions": {"netsuke": __version__, "python": platform.python_version(), "torch": run["torch"], "numpy": run["numpy"]},
-            "machine": {"cpu": run["cpu"]}, "seconds": self.seconds,
+            "machine": {"cpu": run["cpu"], "cores": run["cores"]}, "seconds": self.seconds,
         }  # fmt: skip
         self.timed("report")
         write_report(out, self.out.with_suffix(".report.html"), self.out.with_suffix(".report.json"))
         return out
 
     def _untouched(self) -> list:
-        found = [next(o for o in part if o.value.cut == 0 and set(o.value.bits.values()) == {16}) for part in self.parts]
+        found = [
+            next(o for o in part if o.value.cut == 0 and set(o.value.bits.values()) == {16}) for part in self.parts
+        ]
         return [(o.value, round(o.costs["storage"])) for o in found]
 
     def floors(self) -> list[dict[str, Any]]:
@@ -382,36 +415,15 @@ class Fitting:
             plain = Quantize(bits=bits, group=GROUP, solver="rtn").apply(self.dense, self.task)
             size = sum(m.bytes() for m in plain.linears().values()) + self.fixed_storage
             quality = math.exp(min(self.task.mean_loss(plain, "validation", CHECK), 80))
-            rows.append({"name": f"{bits}-bit round-to-nearest, all layers alike", "bytes": size, "quality": quality, "fits": size <= self.budget.storage})
+            rows.append(
+                {
+                    "name": f"{bits}-bit round-to-nearest, all layers alike",
+                    "bytes": size,
+                    "quality": quality,
+                    "fits": size <= self.budget.storage,
+                }
+            )
         return rows
-
-
-def half_precision(model: Llama) -> Llama:
-    """A copy with 16-bit linear maps: what is stored when nothing needs to be cut or quantized."""
-    import copy
-
-    import torch
-
-    from netsuke.layers.linear import Dense
-
-    out = copy.deepcopy(model)
-    for name, layer in out.linears().items():
-        bias = None if layer.bias is None else layer.bias.data.to(torch.float16)
-        out.replace(name, Dense(layer.to_dense().to(torch.float16), bias))
-    return out
-
-
-def check_writable(out: Path) -> None:
-    """Refuses before minutes of work what could not be written after them."""
-    import os
-
-    parent = out.resolve().parent
-    if not parent.is_dir():
-        raise NetsukeError(f"write {out}", f"there is no folder {parent.name}", "an existing folder", f"mkdir -p {parent.name}")
-    if not os.access(parent, os.W_OK):
-        raise NetsukeError(f"write {out}", f"the folder {parent.name} is read-only", "a folder you can write to", "-o elsewhere.netsuke")
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise NetsukeError(f"write {out}", "it exists and is not an artifact", "a new name or an artifact to replace", "-o another.netsuke")
 
 
 def register(app: typer.Typer) -> None:
@@ -424,7 +436,9 @@ def register(app: typer.Typer) -> None:
         latency: Annotated[str | None, typer.Option(help="per generated token, e.g. 50ms")] = None,
         energy: Annotated[str | None, typer.Option(help="per generated token, e.g. 2mJ")] = None,
         max_loss: Annotated[str | None, typer.Option(help="largest acceptable rise of the metric, e.g. 2%")] = None,
-        data: Annotated[str | None, typer.Option(help="UTF-8 text file or folder (cut 80/10/10), or python-library")] = None,
+        data: Annotated[
+            str | None, typer.Option(help="UTF-8 text file or folder (cut 80/10/10), or python-library")
+        ] = None,
         context: Annotated[int | None, typer.Option(help="tokens per window and in the cache")] = None,
         out: Annotated[str | None, typer.Option("-o", "--out", help="the artifact to write, NAME.netsuke")] = None,
         cuts: Annotated[bool, typer.Option(help="allow narrower layers, or only fewer bits")] = True,

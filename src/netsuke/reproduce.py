@@ -17,14 +17,19 @@ COLUMNS = ("claim", "in the paper", "measured here", "bar", "verdict")
 
 @verb
 def reproduce(
-    slug: str, *, quick: bool = False, results: Path | None = None, on_claim: Callable[[int, int, str], None] | None = None
+    slug: str,
+    *,
+    quick: bool = False,
+    results: Path | None = None,
+    on_claim: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs all claims of one system and returns {system, claims: [{text, paper, measured, bar, verdict, …}], run}.
 
     `quick` measures on less data, in seconds. With `results`, writes `results/<slug>.json` (never for a quick run, whose
     figures are rougher). Raises NetsukeError for an unknown slug or one that is not built yet.
     """
-    from netsuke.systems.claims import module_of, provenance, run_claim
+    from netsuke.claims import module_of, run_claim
+    from netsuke.measure.machine import provenance
 
     module = module_of(slug)
     rows = []
@@ -32,7 +37,7 @@ def reproduce(
         if on_claim:
             on_claim(i, len(module.CLAIMS), claim.text)
         rows.append(run_claim(claim, quick))
-    out = {"system": slug, "claims": rows, "run": provenance(quick)}
+    out = {"system": slug, "claims": rows, "run": {**provenance(), "quick": quick}}
     if results is not None and not quick:
         results.mkdir(parents=True, exist_ok=True)
         path = results / f"{slug}.json"
@@ -44,7 +49,7 @@ def reproduce(
 
 def systems_page(results: Path) -> str:
     """docs/systems.md from the catalogue and results/*.json: all systems, and what was measured of each."""
-    from netsuke.systems.claims import catalogue, implemented
+    from netsuke.claims import catalogue, implemented
 
     built = set(implemented())
     lines = [
@@ -71,7 +76,9 @@ def systems_page(results: Path) -> str:
                 "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS),
             ]  # fmt: skip
             details += [
-                "| " + " | ".join(str(c[k]).replace("|", "\\|") for k in ("text", "paper", "measured", "bar", "verdict")) + " |"
+                "| "
+                + " | ".join(str(c[k]).replace("|", "\\|") for k in ("text", "paper", "measured", "bar", "verdict"))
+                + " |"
                 for c in got["claims"]
             ]
         lines.append(f"| **{s['slug']}** – {s['title']} | {s['stage']} | {state} | {met} |")
@@ -88,7 +95,7 @@ def register(app: typer.Typer) -> None:
         results: Annotated[Path, typer.Option(help="folder of the result files")] = Path("results"),
         as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     ) -> int:
-        from netsuke.systems.claims import catalogue, implemented
+        from netsuke.claims import catalogue, implemented
 
         if page:
             Path("docs").mkdir(exist_ok=True)
@@ -97,10 +104,16 @@ def register(app: typer.Typer) -> None:
         if list_all:
             built = set(implemented())
             rows = [{**s, "built": s["slug"] in built} for s in catalogue()]
-            print(json.dumps(rows) if as_json else "\n".join(f"{'●' if r['built'] else '○'} {r['slug']:24} {r['title']}" for r in rows))
+            print(
+                json.dumps(rows)
+                if as_json
+                else "\n".join(f"{'●' if r['built'] else '○'} {r['slug']:24} {r['title']}" for r in rows)
+            )
             return 0
         if not slug:
-            raise NetsukeError("reproduce nothing", "no system was named", ", ".join(implemented()), "netsuke reproduce modegpt")
+            raise NetsukeError(
+                "reproduce nothing", "no system was named", ", ".join(implemented()), "netsuke reproduce modegpt"
+            )
         return show(slug, quick, results, as_json)
 
 

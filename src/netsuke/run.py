@@ -46,7 +46,14 @@ def run(
     text.append(tail := decoder.flush())
     if on_text and tail:
         on_text(tail)
-    return {"model": model, "backend": "torch", "prompt": prompt, "text": "".join(text), "seed": seed, **timings.as_dict()}
+    return {
+        "model": model,
+        "backend": "torch",
+        "prompt": prompt,
+        "text": "".join(text),
+        "seed": seed,
+        **timings.as_dict(),
+    }
 
 
 def register(app: typer.Typer) -> None:
@@ -76,4 +83,7 @@ def register(app: typer.Typer) -> None:
         else:
             rate = out["tokens_per_second"]
             speed = f", {rate:.1f} tokens/s" if rate else ""
-            print(f"\n[{out['new_tokens']} tokens, first after {out['first_token_seconds'] * 1e3:.0f} ms{speed}]", file=sys.stderr)
+            print(
+                f"\n[{out['new_tokens']} tokens, first after {out['first_token_seconds'] * 1e3:.0f} ms{speed}]",
+                file=sys.stderr,
+            )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netsuke.allocate import Option
-from netsuke.compress.modegpt import MoDeGPT, calibrate, cut_module
+from netsuke.compress.modegpt import PARTS, MoDeGPT, calibrate, cut_module, full_width, widths_for
 from netsuke.compress.quantize import quantize_linear
 from netsuke.devices import Device, Work
 from netsuke.layers.linear import Dense, LinearBase
@@ -29,7 +29,6 @@ from netsuke.measure.activations import Gram, tapped
 from netsuke.models.llama import Block, BlockShape, Llama, rope_table
 from netsuke.tasks.language import LanguageModeling
 
-PARTS = {"mlp": ("gate", "up", "down"), "qk": ("q", "k"), "vo": ("v", "o")}
 CUTS = (0.0, 0.125, 0.25, 0.375, 0.5)
 BITS = (16, 8, 4, 3, 2)
 
@@ -159,8 +158,10 @@ def offer(
             for module, names in PARTS.items():
                 trials = [(0.0, 0.0, cfg.blocks[i])]
                 for cut in cuts:
-                    if cut > 0 and module in modules:
-                        shape, linears = cut_module(model, i, module, cut, stats[i], knobs)
+                    kept = widths_for(cfg, i, module, cut)
+                    if cut > 0 and module in modules and kept < full_width(cfg, i, module):
+                        changes, linears = cut_module(model, i, module, cut, stats[i], knobs)
+                        shape = msgspec.structs.replace(cfg.blocks[i], **changes)
                         harm = probe.block_harm(i, with_linears(block, linears, shape))
                         trials.append((cut, max(harm, 0.0), shape))
                         tick()

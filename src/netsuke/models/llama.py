@@ -11,6 +11,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import msgspec
@@ -167,25 +168,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """Causal attention of the last T of S tokens. q (B, H, T, 2R), k (B, K, S, 2R), v (B, K, S, D) -> (B, H, T, D).
 
-    Unequal key and value widths are padded with zeros to the wider one: this changes no result and keeps PyTorch's fused
-    kernel, whose memory does not grow with T·S.
+    Unequal key and value widths are padded with zeros to the wider one: this changes no result and keeps PyTorch's
+    fused kernel, whose memory does not grow with T·S.
     """
     (B, H, T, qk), (K, S, vd) = q.shape, v.shape[1:]
     if T == 1 and (window is None or window >= S):  # decoding: the queries of one group are rows of one product
         scores = (q.reshape(B, K, H // K, qk) @ k.transpose(-1, -2)) * scale
         return (scores.softmax(-1) @ v).reshape(B, H, 1, vd)
-    if H != K:
-        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
     if qk < vd:
         q, k = F.pad(q, (0, vd - qk)), F.pad(k, (0, vd - qk))
     elif vd < qk:
         v = F.pad(v, (0, qk - vd))
-    if S == T and (window is None or window >= S):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :vd]
-    rows = torch.arange(S - T, S, device=q.device)[:, None]
-    cols = torch.arange(S, device=q.device)[None]
-    mask = (cols <= rows) if window is None else (cols <= rows) & (cols > rows - window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :vd]
+    if H != K:  # the queries of one key head see it through a stride of 0: a repeated copy would grow with S
+        q = q.reshape(B * K, H // K, T, -1)
+        k, v = (x.reshape(B * K, 1, S, -1).expand(-1, H // K, -1, -1) for x in (k, v))
+    mask = None
+    if S != T or (window is not None and window < S):
+        rows = torch.arange(S - T, S, device=q.device)[:, None]
+        cols = torch.arange(S, device=q.device)[None]
+        mask = (cols <= rows) if window is None else (cols <= rows) & (cols > rows - window)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return y.reshape(B, H, T, -1)[..., :vd]
 
 
 class Block(nn.Module):
@@ -292,3 +295,12 @@ def random_llama(cfg: LlamaConfig, seed: int, std: float = 0.02) -> Llama:
             if not name.endswith("norm.weight"):
                 p.zero_() if name.endswith("bias") else p.normal_(0, std, generator=rng)
     return model
+
+
+def half_precision(model: Llama) -> Llama:
+    """A copy whose linear maps are stored as float16; norms stay as they are."""
+    out = copy.deepcopy(model)
+    for name, layer in out.linears().items():
+        bias = None if layer.bias is None else layer.bias.data.to(torch.float16)
+        out.replace(name, Dense(layer.to_dense().to(torch.float16), bias))
+    return out

@@ -65,7 +65,9 @@ def generate(
     if not ids:
         raise NetsukeError("generate text", "the prompt is empty and the model has no start token", "", "--prompt TEXT")
     if max(ids) >= model.cfg.vocab:
-        raise NetsukeError("generate text", f"token {max(ids)} is outside the model's vocabulary", f"below {model.cfg.vocab}")
+        raise NetsukeError(
+            "generate text", f"token {max(ids)} is outside the model's vocabulary", f"below {model.cfg.vocab}"
+        )
     if len(ids) >= context:
         raise NetsukeError(
             "generate text", f"the prompt has {len(ids)} tokens and the context is {context}",

@@ -34,6 +34,22 @@ def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
 
+@torch.no_grad()
+def strided_loss(model: nn.Module, ids: Tensor, context: int, stride: int, batch: int = 8) -> float:
+    """Mean loss in nats of ids[1:] (N,), each seen with at least `context - stride` tokens before it where there are any:
+    what a compressor built on the model would pay."""
+    total, starts = 0.0, list(range(0, max(len(ids) - 1 - (context - stride), 1), stride))
+    for group in range(0, len(starts), batch):
+        chosen = starts[group : group + batch]
+        whole = [s for s in chosen if s + context < len(ids)]
+        for part in ([whole] if whole else []) + [[s] for s in chosen if s not in whole]:
+            rows = torch.stack([ids[s : s + context + 1] for s in part])
+            losses = token_losses(model, rows).double()
+            for start, row in zip(part, losses):
+                total += float(row[0 if start == 0 else context - stride :].sum())
+    return total / (len(ids) - 1)
+
+
 @dataclass
 class LanguageModeling:
     """Windows of `context` tokens over the text of each split, in order, without overlap.
@@ -76,7 +92,9 @@ class LanguageModeling:
         elif path.is_file():
             texts = _cut_in_order(_read_utf8(path))
         else:
-            raise NetsukeError(f"read text from {path.name}", "there is no such file or folder", "a text file or a folder")
+            raise NetsukeError(
+                f"read text from {path.name}", "there is no such file or folder", "a text file or a folder"
+            )
         task = cls(texts, tokenizer, context, batch, source=path.name)
         for split in pysource.SPLITS:
             if task.ids(split).numel() < 2 * context:
@@ -146,7 +164,9 @@ def language_task(loaded: Loaded, data: str | None, context: int | None) -> Lang
     """
     if loaded.tokenizer is None:
         raise NetsukeError(
-            f"measure {loaded.source}", "it has no tokenizer, so no text can be scored", "tokenizer.json beside the weights"
+            f"measure {loaded.source}",
+            "it has no tokenizer, so no text can be scored",
+            "tokenizer.json beside the weights",
         )
     if context is not None and not 8 <= context <= loaded.model.cfg.context:
         raise NetsukeError("use this context", f"{context} tokens", f"8 to {loaded.model.cfg.context}, the model's own")

@@ -7,17 +7,13 @@ be shown) and a list `CLAIMS`. A claim that fails is published as failing; a cla
 from __future__ import annotations
 
 import importlib
-import platform
-import subprocess
 import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from netsuke import __version__
 from netsuke.errors import NetsukeError
 
 VERDICTS = ("met", "not met", "cannot be shown")
@@ -60,7 +56,9 @@ def module_of(slug: str) -> Any:
     known = [s["slug"] for s in catalogue()]
     if slug not in known:
         near = difflib.get_close_matches(slug, known, 3)
-        raise NetsukeError(f"reproduce {slug!r}", "there is no such system", ", ".join(near or known), "netsuke reproduce --list")
+        raise NetsukeError(
+            f"reproduce {slug!r}", "there is no such system", ", ".join(near or known), "netsuke reproduce --list"
+        )
     try:
         return importlib.import_module(f"netsuke.systems.{slug.replace('-', '_')}")
     except ModuleNotFoundError:
@@ -93,26 +91,3 @@ def run_claim(claim: Claim, quick: bool) -> dict[str, Any]:
             row["verdict"] = "not met"
             row["measured"] += f"; but the control passes too: {control.shown}"
     return {**row, "seconds": round(time.perf_counter() - begin, 1)}
-
-
-def provenance(quick: bool) -> dict[str, Any]:
-    """Machine, versions and commit of a run."""
-    from importlib.metadata import version
-
-    root = Path(__file__).parents[3]
-    head = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    return {
-        "netsuke": __version__, "commit": head.stdout.strip() or None, "python": platform.python_version(),
-        "torch": version("torch"), "numpy": version("numpy"), "cpu": cpu, "date": time.strftime("%Y-%m-%d"), "quick": quick,
-    }  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
