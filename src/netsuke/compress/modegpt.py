@@ -56,10 +56,12 @@ class MoDeGPT(Method):
     remove       share of the blocks' linear parameters to remove, achieved within 1 % where widths are fine enough
     modules      which of mlp, qk, vo are cut
     allocate     "influence" (layers that turn the stream little give more) or "uniform"
-    epsilon      temperature of the allocation in units of the mean block influence; large is uniform
+    epsilon      temperature of the allocation in units of the mean block influence; large is uniform. Sweep it on held-out
+                 text: stories260K at 20 % likes 0.35 (perplexity x 2.7, uniform x 3.6), at 10 % nearly uniform; a half-
+                 trained pycode prefers uniform at 10 to 30 % (20 %: x 1.06 against x 1.07)
     cap          largest share that one block may lose; the excess goes to the others in proportion
     multiple     hidden widths become multiples of this; head widths of it or of a quarter head, whichever is less
-    ridge        λ of leverage scores and Nyström, relative to the mean of C's diagonal
+    ridge        λ of leverage scores and Nyström, relative to the mean of C's diagonal; 1e-8 to 1e-1 hardly differ
     floor        smallest eigenvalue of C in C^-½, relative to the largest
     calibration  windows of the task's train split
     per_block    explicit removed shares (mlp, qk, vo) for every block, instead of `remove` and `allocate`
@@ -72,7 +74,7 @@ class MoDeGPT(Method):
     remove: float = 0.25
     modules: tuple[str, ...] = MODULES
     allocate: str = "influence"
-    epsilon: float = 0.7
+    epsilon: float = 0.35
     cap: float = 0.8
     multiple: int = 1
     ridge: float = 1e-2
@@ -94,7 +96,7 @@ class MoDeGPT(Method):
                 raise NetsukeError(asked, f"{knob}={getattr(self, knob)}", f"{low} to {high}")
         if not self.epsilon > 0:
             raise NetsukeError(
-                asked, f"epsilon={self.epsilon}", "a positive number", "epsilon=0.7, or allocate=uniform"
+                asked, f"epsilon={self.epsilon}", "a positive number", "epsilon=0.35, or allocate=uniform"
             )
         for knob in ("multiple", "calibration"):
             if getattr(self, knob) < 1:
