@@ -37,6 +37,7 @@ from netsuke.tasks.base import Task
 SHRINKS = torch.linspace(1.0, 0.35, 27).tolist()  # shares of the full range; 2 bits like 0.6, 4 bits 0.9, 8 bits 1.0
 TINY = 2.0**-24  # the smallest positive float16
 LAZY = 128  # columns whose errors are paid within a block before the rest of the matrix is updated in one product
+SEARCHED = 1 << 18  # floats per step of the search for scales
 TABLE_RIDGE = 0.1  # of the mean diagonal: rows of a tied table also enter the stream, where all directions count alike
 SOLVERS = ("gptq", "rtn")
 
@@ -62,21 +63,21 @@ def search_range(w: Tensor, bits: int, weights: Tensor | None = None) -> tuple[T
     Σ weights · (w − ŵ)² taken. Scales are float16 values already; weights (g,) are equal when absent.
     """
     w, top = w.float(), 2**bits - 1
+    weights = torch.ones(w.shape[1]) if weights is None else weights.float()
     low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
     # Shrinking both ends alike leaves the zero point where it is: only its rounding is open.
     exact = -low / (high - low).clamp(min=1e-30) * top
-    best = torch.full_like(low, torch.inf)
-    best_scale, best_zero = torch.full_like(low, TINY), torch.zeros_like(low)
-    for shrink in SHRINKS:
-        scale = ((high - low) * (shrink / top)).half().float().clamp(min=TINY)
-        steps = (w / scale[:, None]).round_()
-        for zero in (exact.floor(), exact.ceil()):
-            error = torch.clamp(steps, -zero[:, None], (top - zero)[:, None]).mul_(scale[:, None]).sub_(w).square_()
-            error = error.sum(1) if weights is None else error @ weights.float()
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    zeros = torch.stack((exact.floor(), exact.ceil()))  # (2, O)
+    scales = ((high - low) / top * torch.tensor(SHRINKS)[:, None]).half().float().clamp(min=TINY)  # (S, O)
+    best = torch.empty(len(w), dtype=torch.long)
+    step = max(1, SEARCHED // (2 * len(SHRINKS) * w.shape[1]))
+    for a in range(0, len(w), step):  # (S, 2, rows, g) at once: small enough for the cache, large enough for one call
+        part, zero, scale = w[a : a + step], zeros[None, :, a : a + step, None], scales[:, None, a : a + step, None]
+        codes = torch.clamp((part / scale).round_(), -zero, top - zero)
+        errors = codes.mul_(scale).sub_(part).square_() @ weights
+        best[a : a + step] = errors.flatten(0, 1).argmin(0)
+    rows = torch.arange(len(w))
+    return scales[best // 2, rows], zeros[best % 2, rows]
 
 
 def round_to_nearest(W: Tensor, bits: int, group: int, weights: Tensor | None = None) -> Codes:
@@ -196,6 +197,14 @@ def halved(layer: LinearBase, name: str) -> LinearBase:
             f"quantize it: per_layer={{{name!r}: 8}}",
         )  # fmt: skip
     return Dense(*half)
+
+
+def table_solver(tied: bool, name: str, bits: int) -> tuple[str, float]:
+    """Solver and damping for "embed" or "head". A head is a linear map like others; a table that is only looked up has no
+    inputs to compensate for; a tied one is both, so its compensation is held back by a ridge, and 8 bits need none."""
+    if name == "head":
+        return "gptq", 0.01
+    return ("gptq", TABLE_RIDGE) if tied and bits < 8 else ("rtn", 0.0)
 
 
 def calibration_windows(task: Task, windows: int) -> list[Tensor]:
@@ -331,10 +340,9 @@ class Quantize(Method):
                 treat(list(bits))
                 return model
             ids = calibration_windows(task, self.calibration)
-            if model.head is None and bits["embed"] < 8:
-                treat(["embed"], walk(model, ids, lambda names, inputs: None), damp=TABLE_RIDGE)
-            else:
-                treat(["embed"], solver="rtn")
+            solver, damp = table_solver(model.head is None, "embed", bits["embed"])
+            seen = walk(model, ids, lambda names, inputs: None) if solver == "gptq" else ()
+            treat(["embed"], seen, solver, damp)
             inputs = walk(model, ids, treat)
             if model.head is not None:
                 treat(["head"], inputs)
