@@ -1,0 +1,102 @@
+"""The report of one carving as a dictionary: what `netsuke fit --json` prints and report.html draws."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shlex
+import sys
+import time
+from typing import Any
+
+from netsuke import __version__
+from netsuke.allocate import frontier
+from netsuke.carve import CHECK, GROUP, LOGIT_LIMIT, Carving
+from netsuke.measure.machine import provenance
+
+DEVICE_FACTS = ("name", "title", "kind", "ram", "storage", "ram_bandwidth", "rates")
+
+
+def report_of(c: Carving) -> dict[str, Any]:
+    """Everything that was measured, predicted, chosen and proved. Quality in curves and floors is on validation text."""
+    found, base = c.winner.found, math.exp(c.base_loss)
+    run = provenance()
+    return {
+        "fits": True, "model": c.name, "source": c.loaded.kind,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(c.started)),
+        "command": shlex.join(["netsuke", *sys.argv[1:]]), "seed": 0,
+        "device": {k: getattr(c.device, k) for k in DEVICE_FACTS}, "budget": vars(c.budget),
+        "metric": {"name": c.task.metric, "higher_is_better": c.task.higher_is_better, "data": c.task.facts()},
+        "before": c.before,
+        "predicted": {
+            "quality": base * math.exp(min(found.harm, 60)), "bytes": round(found.costs["storage"] + c.fixed["storage"]),
+            "peak_ram": round(found.costs["ram"] + c.fixed["ram"]), "latency": found.costs["latency"] + c.fixed["latency"],
+        },
+        "after": c.after, "curve": curve(c), "floors": floors(c), "choices": choices(c),
+        "memory_before": c.memory_before, "memory_after": c.memory_after, "checks": checks(c),
+        "methods": [m.to_json() for m in c.winner.methods],
+        "artifact": str(c.out), "report": str(c.out.with_suffix(".report.html")),
+        "versions": {"netsuke": __version__, "python": platform.python_version(), "torch": run["torch"], "numpy": run["numpy"]},
+        "machine": {"cpu": run["cpu"], "cores": run["cores"]}, "seconds": c.seconds,
+    }  # fmt: skip
+
+
+def curve(c: Carving) -> list[dict[str, Any]]:
+    """Quality against bytes: the allocator's predictions, and what was built and measured."""
+    base = math.exp(c.base_loss)
+    out = [
+        {"bytes": a.costs["storage"] + c.fixed["storage"], "quality_predicted": base * math.exp(min(a.harm, 60)),
+         "quality_measured": None, "chosen": False, "label": ""}
+        for a in frontier(c.parts, "storage")
+    ]  # fmt: skip
+    for built in c.candidates:
+        label = f"bits and cuts (harm of cuts x{built.cut_factor:g})"
+        out.append({
+            "bytes": built.costs["storage"], "quality_predicted": base * math.exp(min(built.found.harm, 60)),
+            "quality_measured": math.exp(min(built.loss, 80)), "chosen": built is c.winner,
+            "label": label if math.isfinite(built.cut_factor) else "bits only",
+        })  # fmt: skip
+    return sorted(out, key=lambda point: point["bytes"])
+
+
+def floors(c: Carving) -> list[dict[str, Any]]:
+    """The trivial way: every layer rounded to the same bits, nothing else."""
+    from netsuke.compress.quantize import Quantize
+
+    rows = []
+    for bits in (8, 4, 3):
+        c.on_progress(f"measuring plain {bits}-bit rounding", 0, 0)
+        plain = Quantize(bits=bits, group=GROUP, solver="rtn").apply(c.dense, c.task)
+        linears = plain.linears()
+        costs = c.costs(plain.cfg, {n: m.spec() for n, m in linears.items()}, sum(m.bytes() for m in linears.values()))
+        rows.append({
+            "name": f"{bits}-bit round-to-nearest, all layers alike", "bytes": costs["storage"],
+            "quality": math.exp(min(c.task.mean_loss(plain, "validation", CHECK), 80)),
+            "fits": all(costs[r] <= v for r, v in c.limits.items()),
+        })  # fmt: skip
+    c.lap("floors")
+    return rows
+
+
+def choices(c: Carving) -> list[dict[str, Any]]:
+    before = {o.value.part: round(o.costs["storage"]) for o in c.untouched}
+    return [
+        {"part": o.value.part, "method": method_of(o.value.cut, o.value.bits), "cut": o.value.cut,
+         "bits": {n.rsplit(".", 1)[-1]: b for n, b in o.value.bits.items()},
+         "bytes": round(o.costs["storage"]), "bytes_before": before[o.value.part], "harm": o.harm}
+        for o in c.winner.found.picks
+    ]  # fmt: skip
+
+
+def method_of(cut: float, bits: dict[str, int]) -> str:
+    used = (["modegpt"] if cut else []) + (["quantize"] if min(bits.values()) < 16 else [])
+    return " + ".join(used) or "kept"
+
+
+def checks(c: Carving) -> list[dict[str, Any]]:
+    rows = [
+        ("the artifact, read back, gives the carved model's logits (largest difference)", c.proof["difference"], LOGIT_LIMIT),
+        ("bytes of the artifact's files against the storage limit", c.proof["bytes"], c.budget.storage),
+        ("planned peak RAM against the limit", c.after["peak_ram"], c.budget.ram),
+    ]  # fmt: skip
+    return [{"what": what, "value": value, "limit": limit, "ok": value <= limit} for what, value, limit in rows]
