@@ -28,8 +28,11 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/plan.py --json
 	$(BIN)/python benchmarks/allocation.py --json
 
+# The generated parts of README.md and docs/; docs/demo.txt is what `make demo` printed
 pages: .venv/ready
+	(echo '$$ make demo'; COLUMNS=110 $(MAKE) -s demo 2>&1) > docs/demo.part && mv docs/demo.part docs/demo.txt
 	$(BIN)/netsuke reproduce --page
+	$(BIN)/python benchmarks/pages.py
 
 clean:
 	rm -rf .venv $(OUT) build

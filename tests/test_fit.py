@@ -27,9 +27,7 @@ SMALL, IMPOSSIBLE = "72KB", "20KB"
 def place(tmp_path_factory) -> Path:
     """A folder with model.netsuke (about 130 KB) and words.txt."""
     folder = tmp_path_factory.mktemp("fit")
-    cfg = LlamaConfig.uniform(
-        2, 96, vocab=300, width=48, heads=4, kv_heads=2, head_dim=12, context=64, bos=0, eos=(0,)
-    )
+    cfg = LlamaConfig.uniform(2, 96, vocab=300, width=48, heads=4, kv_heads=2, head_dim=12, context=64, bos=0, eos=(0,))
     save_artifact(folder / "model.netsuke", random_llama(cfg, 1, std=0.2), tiny_tokenizer(), {"from": "test"}, {})
     lines = (f"line {i}: the river was {i * 7919 % 1000} feet wide\n" for i in range(600))
     (folder / "words.txt").write_text("".join(lines))

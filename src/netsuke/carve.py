@@ -300,7 +300,11 @@ class Carving:
         data = (self.loaded.manifest or {}).get("provenance", {}).get("data")
         provenance = {"base": Path(self.name).name, "methods": [m.to_json() for m in self.winner.methods]}
         provenance |= {"netsuke": __version__} | ({"data": data} if data else {})
-        facts = {f"{self.task.metric}_test": quality["test"], "loss_of_quality": rise, "peak_ram_planned": memory["peak"]}
+        facts = {
+            f"{self.task.metric}_test": quality["test"],
+            "loss_of_quality": rise,
+            "peak_ram_planned": memory["peak"],
+        }
         budget = {k: v for k, v in vars(self.budget).items() if v is not None} | {"device": self.device.name}
         self.on_progress("packing and proving", 0, 0)
         ids = self.task.windows("validation")[:2, :64]
@@ -311,9 +315,13 @@ class Carving:
             size = sum(f.stat().st_size for f in folder.iterdir())
             self.proof |= {"difference": difference, "bytes": size}
             if not difference <= LOGIT_LIMIT:  # also when it is no number
-                raise NetsukeError(f"prove {self.out.name}", f"reloaded logits differ by {difference:.2g}", f"{LOGIT_LIMIT:g}", code=1)
+                raise NetsukeError(
+                    f"prove {self.out.name}", f"reloaded logits differ by {difference:.2g}", f"{LOGIT_LIMIT:g}", code=1
+                )
             if size > self.budget.storage:
-                raise NetsukeError(f"fit {self.name}", f"the artifact has {size} bytes", f"{self.budget.storage}", code=1)
+                raise NetsukeError(
+                    f"fit {self.name}", f"the artifact has {size} bytes", f"{self.budget.storage}", code=1
+                )
 
         save_artifact(self.out, model, self.loaded.tokenizer, provenance, facts, budget, verify=prove)
         self.memory_after = memory

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from netsuke.compress.method import Method
 from netsuke.errors import NetsukeError
-from netsuke.layers.linear import Dense, LinearBase
+from netsuke.layers.linear import Dense, LinearBase, halved
 from netsuke.layers.packing import WIDTHS
 from netsuke.layers.quantized import QuantLinear, group_count
 from netsuke.measure.activations import Gram
@@ -181,22 +181,6 @@ def quantize_linear(
     else:
         codes = round_to_nearest(W, bits, group)
     return codes.layer(None if layer.bias is None else layer.bias.detach().clone())
-
-
-def halved(layer: LinearBase, name: str) -> LinearBase:
-    """`layer` in 16 bits: float32 becomes float16, everything else is as small already and stays.
-
-    Raises NetsukeError, with `name`, for weights beyond the range of float16.
-    """
-    if not isinstance(layer, Dense) or layer.weight.dtype != torch.float32:
-        return layer
-    half = [None if t is None else t.detach().half() for t in (layer.weight, layer.bias)]
-    if not all(t is None or bool(t.isfinite().all()) for t in half):
-        raise NetsukeError(
-            f"store {name} as float16", f"weights of {name} reach {float(layer.weight.abs().max()):.3g}", "up to 65504",
-            f"quantize it: per_layer={{{name!r}: 8}}",
-        )  # fmt: skip
-    return Dense(*half)
 
 
 def table_solver(tied: bool, name: str, bits: int) -> tuple[str, float]:

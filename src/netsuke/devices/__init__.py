@@ -7,10 +7,12 @@ import msgspec
 from netsuke.devices.budget import Budget, format_bytes, format_seconds, parse_bytes
 from netsuke.devices.cost import Cost, Work
 from netsuke.devices.device import Device
+from netsuke.verb import verb
 
 __all__ = ["Budget", "Cost", "Device", "Work", "devices", "format_bytes", "format_seconds", "parse_bytes"]
 
 
+@verb
 def devices(name: str | None = None, refresh: bool = False) -> list[dict] | dict:
     """All cards as plain dictionaries, or one with its sources; "this" is the machine at hand, measured once and again
     with `refresh`.

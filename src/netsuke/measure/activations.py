@@ -68,10 +68,15 @@ def tapped(
     influences: dict[nn.Module, Influence] | None = None,
 ) -> Iterator[None]:
     """While open, every call of a listed module feeds its accumulator."""
-    handles = [m.register_forward_pre_hook(lambda _, args, acc=acc: acc.add(args[0])) for m, acc in (inputs or {}).items()]
-    handles += [m.register_forward_hook(lambda _, args, out, acc=acc: acc.add(out)) for m, acc in (outputs or {}).items()]
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, acc=acc: acc.add(args[0])) for m, acc in (inputs or {}).items()
+    ]
     handles += [
-        m.register_forward_hook(lambda _, args, out, acc=acc: acc.add(args[0], out)) for m, acc in (influences or {}).items()
+        m.register_forward_hook(lambda _, args, out, acc=acc: acc.add(out)) for m, acc in (outputs or {}).items()
+    ]
+    handles += [
+        m.register_forward_hook(lambda _, args, out, acc=acc: acc.add(args[0], out))
+        for m, acc in (influences or {}).items()
     ]
     try:
         yield

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netsuke.layers.linear import Dense, LinearBase
+from netsuke.layers.linear import Dense, LinearBase, halved
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -97,7 +97,8 @@ class LlamaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def rope_frequencies(cfg: LlamaConfig) -> tuple[Tensor, float]:
     """Angular frequency of every rotary pair, (head_dim/2,), and the factor on cos and sin (1 except for YaRN)."""
     dim = cfg.head_dim
-    freq = cfg.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    # on the CPU whatever the default device: arange on "meta" imports torch's compiler, 75 MB and a second
+    freq = cfg.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     s = cfg.rope_scaling
     if s is None:
         return freq.float(), 1.0
@@ -114,7 +115,7 @@ def rope_frequencies(cfg: LlamaConfig) -> tuple[Tensor, float]:
 
         low = max(math.floor(turns_to_dim(s.beta_fast)), 0)
         high = min(math.ceil(turns_to_dim(s.beta_slow)), dim - 1)
-        ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / ((high - low) or 1e-3)).clamp(0, 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / ((high - low) or 1e-3)).clamp(0, 1)
         scale = s.attention_factor if s.attention_factor is not None else 0.1 * math.log(max(s.factor, 1.0)) + 1.0
         return (freq / s.factor * ramp + freq * (1 - ramp)).float(), scale
     raise ValueError(f"rope scaling {s.kind!r}")  # load.py has refused it by name before
@@ -124,7 +125,7 @@ def rope_table(cfg: LlamaConfig, layer: int) -> tuple[Tensor, float]:
     """Frequencies of the rotary pairs that a block kept, (1 or K, R), and the factor on cos and sin."""
     freq, scale = rope_frequencies(cfg)
     pairs = cfg.blocks[layer].pairs
-    return (freq[None] if pairs is None else freq[torch.tensor(pairs)]), scale
+    return (freq[None] if pairs is None else freq[torch.tensor(pairs, device="cpu")]), scale
 
 
 class RMSNorm(nn.Module):
@@ -298,9 +299,8 @@ def random_llama(cfg: LlamaConfig, seed: int, std: float = 0.02) -> Llama:
 
 
 def half_precision(model: Llama) -> Llama:
-    """A copy whose linear maps are stored as float16; norms stay as they are."""
+    """A copy whose linear maps are stored in 16 bits; norms stay as they are. Raises NetsukeError as `halved`."""
     out = copy.deepcopy(model)
     for name, layer in out.linears().items():
-        bias = None if layer.bias is None else layer.bias.data.to(torch.float16)
-        out.replace(name, Dense(layer.to_dense().to(torch.float16), bias))
+        out.replace(name, halved(layer, name))
     return out

@@ -1,0 +1,106 @@
+"""Writes the generated parts of README.md and docs/measurements.md from the result files: `make pages`.
+
+Sources: docs/demo.txt (what `make demo` printed), recipes/pycode/{training,evaluation}.json, benchmarks/results/*.json,
+results/*.json. A part whose source is missing says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(path: str) -> Any:
+    file = ROOT / path
+    if not file.exists():
+        return None
+    return json.loads(file.read_text()) if file.suffix == ".json" else file.read_text()
+
+
+def demo() -> str:
+    text = read("docs/demo.txt")
+    return f"```\n{text.rstrip()}\n```" if text else "Not recorded yet."
+
+
+def where(run: dict[str, Any]) -> str:
+    return f"{run['cpu']}, {run['cores']} cores, torch {run['torch']}, {run['date']}, commit {run['commit']}"
+
+
+def allocation() -> str:
+    got = read("benchmarks/results/allocation.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/allocation.py --json`."
+    rows = [
+        "| storage | carved by `fit` | best uniform setting that fits | ratio of excess losses |", "|---|---|---|---|",
+        *(
+            f"| {r['budget']} | {r['bytes'] / 1e6:.2f} MB, +{r['excess']:.4f} nats | {r['uniform']}: "
+            f"{r['uniform_bytes'] / 1e6:.2f} MB, +{r['uniform_excess']:.4f} nats | {r['ratio']:.2f} |"
+            for r in got["rows"]
+        ),
+    ]  # fmt: skip
+    head = (
+        "Excess loss over the 16-bit model, nats per token on held-out test text; both sides use error compensation, and choose on "
+        f"validation text (`python benchmarks/allocation.py`; {where(got['run'])})."
+    )
+    return head + "\n\n" + "\n".join(rows)
+
+
+def plans() -> str:
+    got = read("benchmarks/results/plan.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/plan.py --json`."
+    rows = ["| cell | predicted | measured | off by |", "|---|---|---|---|"]
+    rows += [
+        f"| {c['name']} | {c['predicted'] / 1e6:.1f} MB | {c['measured'] / 1e6:.1f} MB | {c['error']:+.1%} |"
+        for c in got["cells"]
+    ]
+    head = "Peak memory of a fresh process above its idle level, predicted before loading and measured"
+    return f"{head} (`python benchmarks/plan.py`; {where(got['run'])}).\n\n" + "\n".join(rows)
+
+
+def model() -> str:
+    got, training = read("recipes/pycode/evaluation.json"), read("recipes/pycode/training.json")
+    if got is None or training is None:
+        return "Not evaluated yet: `python recipes/pycode/evaluate.py`."
+    return (
+        f"`pycode` is a Llama of {training['parameters'] / 1e6:.1f} M parameters trained from nothing by `recipes/pycode/` on "
+        f"{training['tokens'] / 1e6:.0f} M tokens of Python ({training['seconds'] / 60:.0f} minutes on two cores). On the "
+        f"{got['test_modules']} held-out modules of the standard library ({got['test_bytes']:,} bytes; split by the hash of the "
+        f"module's path, so anyone can check) it needs **{got['bits_per_byte']:.3f} bits per byte**, `xz -9e` "
+        f"{got['xz_9e_bits_per_byte']:.3f}: {got['fewer_bits_than_xz']:.0%} fewer. Of {got['completions']} held-out function "
+        f"headers, completed greedily by 64 tokens, {got['completions_that_parse']:.0%} have complete lines that parse as Python. "
+        "`python recipes/pycode/evaluate.py` prints both."
+    )
+
+
+def systems() -> str:
+    rows = ["| system | claims met |", "|---|---|"]
+    for path in sorted((ROOT / "results").glob("*.json")):
+        got = json.loads(path.read_text())
+        dots = {"met": "●", "not met": "○", "cannot be shown": "·"}
+        marks = "".join(dots[c["verdict"]] for c in got["claims"])
+        met = sum(c["verdict"] == "met" for c in got["claims"])
+        judged = sum(c["verdict"] != "cannot be shown" for c in got["claims"])
+        rows.append(f"| `{got['system']}` | {marks} {met} of {judged} |")
+    return "\n".join(rows) + "\n\n● met, ○ not met, · cannot be shown here."
+
+
+PARTS = {"demo": demo, "measured": allocation, "plans": plans, "model": model, "systems": systems}
+
+
+def fill(path: Path) -> None:
+    """Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`."""
+    text = path.read_text()
+    for name, make in PARTS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    fill(ROOT / "README.md")
+    fill(ROOT / "docs/measurements.md")
