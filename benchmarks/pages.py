@@ -43,8 +43,8 @@ def allocation() -> str:
         ),
     ]  # fmt: skip
     head = (
-        "Excess loss over the 16-bit model, nats per token on held-out test text; both sides use error compensation, and choose on "
-        f"validation text (`python benchmarks/allocation.py`; {where(got['run'])})."
+        "Excess loss over the 16-bit model, nats per token on held-out test text; both sides use error compensation, and "
+        f"choose on validation text (`python benchmarks/allocation.py`; {where(got['run'])})."
     )
     return head + "\n\n" + "\n".join(rows)
 

@@ -45,6 +45,7 @@ def refused(result: tuple[int, str, str], culprit: str) -> None:
 def test_hostile_models_are_refused_by_fit(name, tmp_path, words, monkeypatch, capsys):
     case, work = hostile.CASES[name], tmp_path / "work"
     work.mkdir()
+    (tmp_path / "model").mkdir()
     model = case.build(tmp_path / "model")
     monkeypatch.chdir(work)
     refused(

@@ -68,6 +68,10 @@ def register(app: typer.Typer) -> None:
         context: Annotated[int | None, typer.Option(help="tokens of context; default: the model's")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object with timings")] = False,
     ) -> None:
+        from netsuke.runtime.allocator import return_freed_memory
+
+        return_freed_memory()  # so that the process takes what `netsuke plan` says; not for a host that imports us
+
         def stream(piece: str) -> None:
             sys.stdout.write(piece)
             sys.stdout.flush()

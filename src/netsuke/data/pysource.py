@@ -31,9 +31,15 @@ def split_of(module_path: str) -> str:
 
 
 def python_files(root: Path, skip: set[str] = SKIP) -> list[Path]:
-    """All .py files below `root`, sorted by path, without the folders named in `skip`."""
-    found = (p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts[:-1]))
-    return sorted(p for p in found if not p.name.startswith("_sysconfigdata"))
+    """All .py files below `root`, sorted by path, without the folders named in `skip` and build configuration."""
+
+
+    def wanted(p: Path) -> bool:
+        folders = p.relative_to(root).parts[:-1]
+        generated = p.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
+        return not generated and not skip.intersection(folders)
+
+    return sorted(p for p in root.rglob("*.py") if wanted(p))
 
 
 def modules(split: str) -> list[tuple[str, str]]:
