@@ -1,0 +1,309 @@
+"""What a Llama takes in memory and work, by arithmetic alone: before a weight is read, for any device.
+
+A plan follows the forward pass of models/llama.py step by step and adds up what is alive in each: the peak is the
+largest step, not a sum of maxima. It is the peak of a process above its idle level (Python with torch and netsuke
+imported), for `netsuke run`: weights as they are stored, a key/value cache allocated once for the whole context, prefill
+in chunks, logits of the last position only. `tests/runtime/test_memory_plan.py` and `benchmarks/plan.py` hold it
+against fresh processes.
+
+Two things are measured, not derived, and are the same for every model: `RUNTIME` and the BLAS panel (`PANEL`).
+
+Letters: B batch, T tokens of this pass, S tokens seen so far, C width, H heads, K key heads, F hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from netsuke.devices import Work
+from netsuke.errors import NetsukeError
+
+if TYPE_CHECKING:
+    from netsuke.models.llama import LlamaConfig
+
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+F32 = 4  # the pass computes in float32 however weights are stored
+WIDENED = 1 << 17  # weights that layers/linear.py and layers/quantized.py widen at a time
+# Pages that the first forward pass touches beside its tensors: kernels of the torch and BLAS libraries (8.4 MB of mapped
+# code), their tables and torch's small-object heap. Measured with a model of 0.1 MB on x86-64 and torch 2.13.
+RUNTIME = 10_500_000
+# Floats of packed weights that a BLAS thread keeps: 192 inputs of at most 4096 outputs. Measured with MKL 2024.2, products
+# of 256 rows with 170 to 32,768 outputs on 1 and 2 threads; it keeps them once the products have more than two rows.
+PANEL = (192, 4096)
+# The idle process: Python, torch, netsuke. Measured as above (file-mapped library pages are a third of it).
+PROCESS = {"torch": 236_000_000}
+CHECKED = 1 << 22  # numbers that models/weights.py looks at in one piece
+FLASH_ROWS = ((768, 256), (192, 64), (0, 32))  # query rows per tile of torch's fused attention, by T
+FLASH_COLUMNS = 512
+MAPS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear map: its shape and spec, and what follows from them."""
+
+    name: str
+    outs: int
+    ins: int
+    bias: bool
+    spec: dict
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tensors, on disk and in memory alike."""
+        kind, n = self.spec.get("kind"), self.outs * self.ins
+        if kind == "dense":
+            return (n + self.outs * self.bias) * SIZES[self.spec["dtype"]]
+        if kind == "quant":
+            groups = -(-self.ins // self.spec["group"])
+            row = (self.ins * self.spec["bits"] + 7) // 8 + 3 * groups  # codes, a float16 scale and a zero point per group
+            return self.outs * (row + self.bias * SIZES[self.spec.get("bias", "float32")])
+        from netsuke.layers.registry import layer_bytes
+
+        return layer_bytes(self.spec, self.outs, self.ins, self.bias)
+
+    @property
+    def plain(self) -> bool:
+        """Whether W is used as it lies in memory."""
+        return self.spec.get("kind") == "dense" and self.spec["dtype"] == "float32"
+
+    @property
+    def rows(self) -> int:
+        """Rows of W in one product."""
+        return self.outs if self.plain else min(self.outs, max(1, WIDENED // self.ins))
+
+    @property
+    def widened(self) -> int:
+        """Bytes of the transient float32 rows; quantized rows pass through unpacked codes of one byte each."""
+        if self.plain:
+            return 0
+        return self.rows * self.ins * (F32 if self.spec["kind"] == "dense" else F32 + 2)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes. `peak` is the sum of the five; `moment` says where in the pass it is reached, and `parts` what each layer
+    keeps ("blocks.3.up" -> bytes)."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    buffers: int
+    runtime: int
+    moment: str
+    parts: dict[str, int] = field(repr=False)
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.kv_cache + self.activations + self.buffers + self.runtime
+
+    def as_dict(self) -> dict[str, int]:
+        names = ("weights", "kv_cache", "activations", "buffers", "runtime", "peak")
+        return {name: getattr(self, name) for name in names}
+
+    def largest(self, count: int = 5) -> list[tuple[str, int]]:
+        """The largest tensors and layers, the key/value cache among them."""
+        everything = self.parts | {"key/value cache": self.kv_cache}
+        return sorted(everything.items(), key=lambda item: -item[1])[:count]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a pass: tensors alive and transient buffers, in bytes."""
+
+    name: str
+    activations: int
+    buffers: int = 0
+
+
+def linear_layers(cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, Layer]:
+    """All linear maps in the order of the pass. Raises NetsukeError when `layers` lacks one."""
+    shapes = {"embed": (cfg.vocab, cfg.width, False)}
+    for i in range(len(cfg.blocks)):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in cfg.linear_shapes(i).items()}
+    if not cfg.tied:
+        shapes["head"] = (cfg.vocab, cfg.width, False)
+    missing = [name for name in shapes if name not in layers]
+    if missing:
+        raise NetsukeError("plan the memory", f"no spec for {', '.join(missing[:3])}", "one spec for each linear map")
+    return {name: Layer(name, *shape, layers[name]) for name, shape in shapes.items()}
+
+
+def uniform_specs(cfg: LlamaConfig, spec: dict) -> dict[str, dict]:
+    """The same spec for every linear map: what a model would be if it were stored so."""
+    names = ["embed", *(f"blocks.{i}.{m}" for i in range(len(cfg.blocks)) for m in MAPS)] + ([] if cfg.tied else ["head"])
+    return dict.fromkeys(names, spec)
+
+
+def small_tensors(cfg: LlamaConfig) -> int:
+    """Bytes of norms (as float32) and rotary tables."""
+    per_block = 2 * cfg.width + (2 * cfg.head_dim if cfg.qk_norm else 0)
+    tables = sum(cfg.pair_count(i) * (1 if b.pairs is None else cfg.kv_heads) for i, b in enumerate(cfg.blocks))
+    return F32 * (per_block * len(cfg.blocks) + cfg.width + tables)
+
+
+def flash_scratch(batch: int, heads: int, T: int, S: int, dim: int, threads: int) -> int:
+    """Bytes of the fused attention kernel's tiles (one set per thread) and log-sums."""
+    rows = min(T, next(size for least, size in FLASH_ROWS if least <= T))
+    return F32 * (threads * rows * (min(FLASH_COLUMNS, S) + 2 + dim) + batch * heads * T)
+
+
+def block_moments(
+    cfg: LlamaConfig, i: int, maps: dict[str, Layer], B: int, T: int, S: int, kv_bytes: int, threads: int
+) -> Iterator[Moment]:
+    """The steps of one block, as models/llama.py takes them; the residual that the caller holds is in each of them."""
+    row, H, K, C = F32 * B * T, cfg.heads, cfg.kv_heads, cfg.width
+    qk, vd, hidden = 2 * cfg.pair_count(i), cfg.blocks[i].value_dim, cfg.blocks[i].hidden
+    x, q, k, v, y, f = row * C, row * H * qk, row * K * qk, row * K * vd, row * H * vd, row * hidden
+    turns = F32 * T * qk * (1 if cfg.blocks[i].pairs is None else 1 + H)  # cos and sin
+    yield Moment("norm", 3 * x)
+    yield Moment("q", 2 * x + q, maps["q"].widened)
+    yield Moment("v", 2 * x + q + k + v, max(maps["k"].widened, maps["v"].widened))
+    yield Moment("rotation", 2 * x + q + k + v + turns + 2 * max(q, k))
+    wide = max(qk, vd)
+    if kv_bytes == F32:
+        held, seen = 2 * x + q + turns, 0
+    else:  # a narrow cache is widened for the block that reads it
+        held, seen = 2 * x + q + turns, F32 * B * K * S * (qk + vd)
+    windowed = cfg.window is not None and cfg.window < S
+    if T == 1 and not windowed:
+        yield Moment("attention", held + 2 * F32 * B * H * S, seen)
+    else:
+        padded = F32 * B * K * S * (0 if qk == vd else wide) + (row * H * vd if qk < vd else 0)
+        masked = S != T or windowed
+        mask = T * S * (1 + F32) if masked else 0
+        out = row * H * wide
+        yield Moment("attention", held + out, seen + padded + mask + flash_scratch(B, H, T, S, wide, threads))
+        if H != K:
+            yield Moment("heads together", held + 2 * out, seen + padded + (T * S if masked else 0))
+        yield Moment("heads in order", held + out + y)
+    yield Moment("o", x + y + x, maps["o"].widened)
+    yield Moment("attention added", x + 2 * x)
+    yield Moment("up", 3 * x + 2 * f, max(maps["gate"].widened, maps["up"].widened))
+    yield Moment("gate times up", 3 * x + 3 * f)
+    yield Moment("down", 4 * x + f, maps["down"].widened)
+
+
+def pass_moments(
+    cfg: LlamaConfig, maps: dict[str, Layer], B: int, T: int, S: int, kv_bytes: int, threads: int
+) -> Iterator[Moment]:
+    """The steps of one forward pass over T tokens that ends with S tokens seen."""
+    logits = F32 * B * cfg.vocab
+    table = maps["embed"]
+    row = F32 * B * T * cfg.width
+    yield Moment("embedding", row if table.plain else 2 * row, min(table.widened, 2 * row))
+    for i in range(len(cfg.blocks)):
+        own = {name: maps[f"blocks.{i}.{name}"] for name in MAPS}
+        for m in block_moments(cfg, i, own, B, T, S, kv_bytes, threads):
+            # the logits of the pass before are still held
+            yield Moment(f"block {i}, {m.name}", m.activations + logits, m.buffers)
+    yield Moment("logits", row + 2 * logits, maps["embed" if cfg.tied else "head"].widened)
+
+
+def passes(context: int, prompt: int, chunk: int) -> list[tuple[int, int]]:
+    """(T, S) of the passes that can be the largest: the first chunk, the last full one, the rest, the last token."""
+    first = min(prompt, chunk)
+    full, rest = prompt // chunk * chunk, prompt % chunk
+    out = [(first, first)] + ([(chunk, full)] if full > chunk else []) + ([(rest, prompt)] if full and rest else [])
+    return [*out, (1, context)]
+
+
+def panels(maps: dict[str, Layer], threads: int) -> int:
+    """Bytes of packed weights that the BLAS library keeps."""
+    depth, most = PANEL
+    return F32 * threads * depth * min(most, max(m.rows for name, m in maps.items() if name.startswith("blocks.")))
+
+
+def loading_peak(maps: dict[str, Layer]) -> tuple[int, str]:
+    """The most that is alive while models/load.py reads one tensor after the other and looks for NaN in each, piece by
+    piece (a copy of the piece and two masks); the layer at which it is reached."""
+    total, best, where = 0, 0, ""
+    order = [m for name, m in maps.items() if name != "embed"]
+    for m in (maps["embed"], *order):
+        total += m.bytes
+        piece = min(m.outs * m.ins, CHECKED) if m.spec.get("kind") == "dense" else 0
+        alive = total + piece * (m.bytes // (m.outs * m.ins) + 2)
+        if alive > best:
+            best, where = alive, m.name
+    return best, where
+
+
+def inference_plan(
+    cfg: LlamaConfig,
+    layers: dict[str, dict],
+    *,
+    context: int,
+    batch: int = 1,
+    prompt: int | None = None,
+    prefill_chunk: int = 256,
+    kv_dtype: str = "float32",
+    backend: str = "torch",
+    threads: int | None = None,
+) -> MemoryPlan:
+    """The peak of running a model for `context` tokens, `prompt` of them (default: all but one) given at once.
+
+    layers   name -> spec of each linear map, as `Described.layers` and `LinearBase.spec()` give them
+    threads  torch's threads on that machine (default: the cores of this one); each has buffers of its own
+
+    Raises NetsukeError for a missing layer, an unknown backend or dtype, and sizes below one.
+    """
+    if backend not in PROCESS:
+        raise NetsukeError("plan the memory", f"backend {backend!r}", ", ".join(PROCESS))
+    if kv_dtype not in SIZES:
+        raise NetsukeError("plan the memory", f"a key/value cache of {kv_dtype!r}", ", ".join(SIZES))
+    prompt = max(context - 1, 1) if prompt is None else prompt
+    if min(context, batch, prompt, prefill_chunk) < 1 or prompt > context:
+        raise NetsukeError(
+            "plan the memory", f"context {context}, prompt {prompt}, batch {batch}, chunk {prefill_chunk}",
+            "1 or more each, and a prompt no longer than the context",
+        )  # fmt: skip
+    threads = threads or os.cpu_count() or 1
+    maps = linear_layers(cfg, layers)
+    parts = {name: m.bytes for name, m in maps.items()}
+    kv = SIZES[kv_dtype] * batch * context * sum(cfg.kv_width(i) for i in range(len(cfg.blocks)))
+    moments = (
+        m for T, S in passes(context, prompt, prefill_chunk)
+        for m in pass_moments(cfg, maps, batch, T, S, SIZES[kv_dtype], threads)
+    )  # fmt: skip
+    top = max(moments, key=lambda m: m.activations + m.buffers)
+    weights, kept = sum(parts.values()) + small_tensors(cfg), panels(maps, threads) if prompt > 2 else 0
+    buffers, moment = top.buffers + kept, top.name
+    loading, layer = loading_peak(maps)
+    if loading > (running := weights + kv + top.activations + buffers):  # before there is a cache or an activation
+        buffers, moment = buffers + loading - running, f"loading {layer}"
+    return MemoryPlan(weights, kv, top.activations, buffers, RUNTIME, moment, parts)
+
+
+def work_of(cfg: LlamaConfig, layers: dict[str, dict], *, context: int, tokens: int, batch: int = 1) -> Work:
+    """The work of one pass over `tokens` tokens: a prompt's prefill, or with `tokens` = 1 the decoding of one token after
+    `context` - 1 others. One sequence or `batch` of them.
+
+    Every weight is read once per pass; of an embedding table that is no output head as well, only the tokens' rows. The
+    output head works on the last position alone. A prefill reads back the keys and values that it writes.
+    """
+    maps = linear_layers(cfg, layers)
+    head = maps["embed" if cfg.tied else "head"]
+    seen = context if tokens == 1 else tokens
+    pairs = seen if tokens == 1 else tokens * (tokens + 1) / 2  # (query, key) pairs under the causal mask
+    if cfg.window is not None:
+        seen = min(seen, cfg.window)
+        pairs = min(pairs, tokens * cfg.window)
+    inner = [m for name, m in maps.items() if name.startswith("blocks.")]
+    attention = sum(cfg.heads * (2 * cfg.pair_count(i) + b.value_dim) for i, b in enumerate(cfg.blocks))
+    kv = F32 * seen * sum(cfg.kv_width(i) for i in range(len(cfg.blocks)))
+    macs = tokens * sum(m.outs * m.ins for m in inner) + head.outs * head.ins + pairs * attention
+    read = sum(m.bytes for m in inner) + head.bytes + small_tensors(cfg) + batch * kv
+    if not cfg.tied:
+        table = maps["embed"]
+        read += min(batch * tokens, table.outs) * table.bytes // table.outs
+    weights = sum(m.outs * m.ins for m in (*inner, head))
+    bits = 8 * sum(m.bytes for m in (*inner, head)) / weights
+    width = next((w for w in (4, 8, 16) if bits <= w * 1.25), 32)  # scales and zero points are no wider arithmetic
+    return Work(
+        macs=batch * macs, bytes_read=read, bits=width, layers=len(maps),
+        ram=inference_plan(cfg, layers, context=context, batch=batch).peak,
+        storage=sum(m.bytes for m in maps.values()) + small_tensors(cfg),
+    )  # fmt: skip
