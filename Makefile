@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := out
+# Real third-party data, where it is at hand; tests that need it say so and skip without it
+export NETSUKE_DATA ?= $(abspath $(wildcard ../shared/data))
 
 .PHONY: demo test lint bench pages clean
 
@@ -26,6 +28,7 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/plan.py --json
+	$(BIN)/python benchmarks/quantization.py --json
 	$(BIN)/python benchmarks/allocation.py --json
 
 # The generated parts of README.md and docs/; docs/demo.txt is what `make demo` printed

@@ -49,6 +49,16 @@ def allocation() -> str:
     return head + "\n\n" + "\n".join(rows)
 
 
+def quantization() -> str:
+    got = read("benchmarks/results/quantization.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/quantization.py --json`."
+    rows = ["| bits | bytes of the linear maps | rounding to nearest | second order (GPTQ) |", "|---|---|---|---|"]
+    rows += [f"| {r['bits']} | {r['bytes'] / 1e6:.2f} MB | x{r['rtn']:.4f} | x{r['gptq']:.4f} |" for r in got["rows"]]
+    head = f"Perplexity on test text as a multiple of the 16-bit model's {got['perplexity_16_bit']:.2f}"
+    return f"{head} (`python benchmarks/quantization.py`; {where(got['run'])}).\n\n" + "\n".join(rows)
+
+
 def plans() -> str:
     got = read("benchmarks/results/plan.json")
     if got is None:
@@ -89,7 +99,7 @@ def systems() -> str:
     return "\n".join(rows) + "\n\n● met, ○ not met, · cannot be shown here."
 
 
-PARTS = {"demo": demo, "measured": allocation, "plans": plans, "model": model, "systems": systems}
+PARTS = {"demo": demo, "measured": allocation, "quantization": quantization, "plans": plans, "model": model, "systems": systems}
 
 
 def fill(path: Path) -> None:

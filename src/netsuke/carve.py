@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from netsuke import __version__
 from netsuke.allocate import Allocation, Option, allocate
-from netsuke.devices import Budget, Device, format_bytes, format_seconds
+from netsuke.devices import Budget, Cost, Device, format_bytes, format_seconds
 from netsuke.errors import NetsukeError
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Carving:
         self.before = {
             "quality": self.quality(self.base_loss, test), "bytes": self.described.bytes_on_disk,
             "peak_ram": self.memory_before["peak"], "latency": self.latency(self.cfg, layers),
+            "energy": self.token_cost(self.cfg, layers).energy,
         }  # fmt: skip
         self.lap("measure")
 
@@ -120,13 +121,18 @@ class Carving:
 
         return inference_plan(cfg, layers, context=self.context).as_dict()
 
+    def token_cost(self, cfg: LlamaConfig, layers: dict[str, dict]) -> Cost:
+        from netsuke.runtime.memory_plan import work_of
+
+        return self.device.cost(work_of(cfg, layers, context=self.context, tokens=1))
+
     def latency(self, cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, Any]:
         from netsuke.runtime.memory_plan import work_of
 
-        token = self.device.cost(work_of(cfg, layers, context=self.context, tokens=1))
+        token = self.token_cost(cfg, layers)
         prompt = self.device.cost(work_of(cfg, layers, context=self.context, tokens=128))
         return {
-            "per_token": token.latency, "first_token": prompt.latency, "energy_per_token": token.energy,
+            "per_token": token.latency, "first_token": prompt.latency,
             "how": f"predicted for {self.device.name} by its card (128 prompt tokens); not measured there",
         }  # fmt: skip
 
@@ -134,11 +140,11 @@ class Carving:
         """What a whole model costs by resource; storage is an estimate within a few KB until it is packed."""
         norms = sum(p.numel() * 4 for n, p in self.dense.named_parameters() if n.endswith("norm.weight"))
         manifest = 3000 + 420 * len(layers)  # config, a spec and a header entry for each map, hashes, provenance
-        time_ = self.latency(cfg, layers)
+        token = self.token_cost(cfg, layers)
         return {
             "storage": linear_bytes + norms + manifest + self.described.tokenizer_bytes,
             "ram": self.memory(cfg, layers)["peak"],
-            "latency": time_["per_token"], "energy": time_["energy_per_token"],
+            "latency": token.latency, "energy": token.energy,
         }  # fmt: skip
 
     # 2. choices
@@ -327,6 +333,7 @@ class Carving:
         self.memory_after = memory
         self.after = {
             "quality": quality, "bytes": self.proof["bytes"], "peak_ram": memory["peak"], "peak_ram_how": "planned",
-            "latency": self.latency(model.cfg, self.winner.layers), "loss_of_quality": rise,
+            "latency": self.latency(model.cfg, self.winner.layers), "energy": self.winner.costs["energy"],
+            "loss_of_quality": rise,
         }  # fmt: skip
         self.lap("pack")

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from netsuke import __version__
@@ -22,7 +23,7 @@ def report_of(c: Carving) -> dict[str, Any]:
     found, base = c.winner.found, math.exp(c.base_loss)
     run = provenance()
     return {
-        "fits": True, "model": c.name, "source": c.loaded.kind,
+        "fits": True, "model": Path(c.name).name.removesuffix(".netsuke"), "source": c.loaded.kind,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(c.started)),
         "command": shlex.join(["netsuke", *sys.argv[1:]]), "seed": 0,
         "device": {k: getattr(c.device, k) for k in DEVICE_FACTS}, "budget": vars(c.budget),

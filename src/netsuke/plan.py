@@ -81,7 +81,8 @@ def show(got: dict[str, Any]) -> None:
 
     from netsuke.devices import format_bytes, format_seconds
 
-    table = Table("", "bytes", title=f"{got['model']} on {got['device']}, context {got['context']}, batch {got['batch']}")
+    print(f"{got['model']} on {got['device']}, context {got['context']}, batch {got['batch']}")
+    table = Table("", "bytes")
     table.columns[1].justify = "right"
     for name, size in got["memory"].items():
         table.add_row(name.replace("_", " ").replace("kv", "key/value"), format_bytes(size), end_section=name == "runtime")
@@ -92,7 +93,8 @@ def show(got: dict[str, Any]) -> None:
     largest = ", ".join(f"{row['name']} {format_bytes(row['bytes'])}" for row in got["largest"])
     latency, limits = got["latency"], got["limits"]
     print(f"largest        {largest}")
-    print(f"on disk        {format_bytes(got['storage'])} of {format_bytes(limits['storage'])}; RAM {format_bytes(limits['ram'])}")
+    disk = f"{format_bytes(got['storage'])} of {format_bytes(limits['storage'])}"
+    print(f"on disk        {disk}; RAM {format_bytes(limits['ram'])}")
     print(
         f"speed          first token of {got['prompt']} after {format_seconds(latency['first_token'])}, then "
         f"{latency['tokens_per_second']:.3g} tokens/s, bound by {latency['bound']} ({latency['how']})"
