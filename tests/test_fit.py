@@ -20,7 +20,7 @@ from netsuke.models.load import load
 from netsuke.models.save import save_artifact
 from netsuke.tasks.language import LanguageModeling
 from netsuke.train.loop import LoopKnobs, train
-from tests.models.hostile import tiny_tokenizer
+from tests.models.hostile import hf_folder, tiny_tokenizer
 
 SMALL, IMPOSSIBLE = "72KB", "20KB"
 
@@ -123,6 +123,31 @@ def test_loss_alone_seeks_the_smallest(place, tmp_path):
 def test_quantized_models_are_refused(place, carved, tmp_path):
     with pytest.raises(NetsukeError, match="stored as quant already"):
         fit(str(place / "carved.netsuke"), "pi4", data=str(place / "words.txt"), out=str(tmp_path / "b.netsuke"))
+
+
+def test_a_hugging_face_folder_is_carved(place, tmp_path):
+    model = load(place / "model.netsuke").model
+    hf_folder(tmp_path / "theirs", model, head_dim=12)
+    report = fit(
+        str(tmp_path / "theirs"), "pi4", data=str(place / "words.txt"), context=32, storage=SMALL, out=str(tmp_path / "a")
+    )
+    assert report["source"] == "hf"
+    assert report["after"]["bytes"] <= 72_000
+    assert report["artifact"].endswith("a.netsuke")
+
+
+def test_an_untied_model_with_biases_is_carved(place, tmp_path):
+    cfg = LlamaConfig.uniform(
+        2, 96, vocab=300, width=48, heads=4, kv_heads=2, head_dim=12, context=64, tied=False, qkv_bias=True, bos=0
+    )
+    model = random_llama(cfg, 2)
+    save_artifact(tmp_path / "biased.netsuke", model, tiny_tokenizer(), {}, {})
+    report = fit(
+        str(tmp_path / "biased.netsuke"), "pi4", data=str(place / "words.txt"), context=32, storage="90KB",
+        out=str(tmp_path / "a.netsuke"),
+    )  # fmt: skip
+    assert {c["part"] for c in report["choices"]} >= {"embed", "head"}
+    assert all(check["ok"] for check in report["checks"])
 
 
 CHILD = """
