@@ -47,6 +47,19 @@ def test_infeasible_names_the_binding_limit_and_the_nearest_set():
     assert found.costs["ram"] == 12.0
 
 
+def test_a_limit_of_next_to_nothing_is_answered():
+    parts = [[Option("a", 0.1, {"ram": 5e6}), Option("b", 0.5, {"ram": 4e6})]] * 3
+    found = allocate(parts, {"ram": 1e-12})
+    assert (found.feasible, found.binding, found.costs["ram"]) == (False, "ram", 12e6)
+
+
+def test_limits_that_clash_only_together_are_answered():
+    parts = [[Option("a", 0.1, {"ram": 5.0, "storage": 1.0}), Option("b", 0.5, {"ram": 1.0, "storage": 5.0})]] * 2
+    found = allocate(parts, {"ram": 4.0, "storage": 4.0})
+    assert not found.feasible
+    assert found.costs == {"ram": 6.0, "storage": 6.0}
+
+
 def test_minimises_a_resource_under_a_harm_limit():
     parts = [
         [Option(16, 0.0, {"storage": 16.0}), Option(4, 0.1, {"storage": 4.0}), Option(2, 0.9, {"storage": 2.0})]

@@ -83,6 +83,9 @@ def allocate(parts: Sequence[Sequence[Option]], limits: dict[str, float], minimi
         return None if found.x is None else found.x[: len(flat)]
 
     names = list(limits)
+    hopeless = _hopeless(kept, limits)
+    if hopeless is not None:
+        return hopeless
     scaled = [column(n) / max(limits[n], 1e-30) for n in names]
     goal = column(minimise)
     goal = goal / max(np.abs(goal).max(), 1e-30)
@@ -91,12 +94,33 @@ def allocate(parts: Sequence[Sequence[Option]], limits: dict[str, float], minimi
     if not feasible:
         x = solve(goal, scaled, [], slack=True) if not names else solve(goal, scaled, [1.0] * len(names), slack=True)
     picks = tuple(flat[int(np.flatnonzero(owner == i)[np.argmax(x[owner == i])])] for i in range(len(kept)))
-    every = sorted({n for o in flat for n in o.costs})
-    costs = {n: float(sum(o.costs.get(n, 0.0) for o in picks)) for n in every}
-    harm = float(sum(o.harm for o in picks))
+    costs, harm = _totals(picks)
     totals = {**costs, "harm": harm}
     binding = max(names, key=lambda n: totals[n] / max(limits[n], 1e-30)) if names else None
     return Allocation(picks, harm, costs, feasible, binding)
+
+
+def _totals(picks: Sequence[Option]) -> tuple[dict[str, float], float]:
+    names = sorted({n for o in picks for n in o.costs})
+    costs = {n: float(sum(o.costs.get(n, 0.0) for o in picks)) for n in names}
+    return costs, float(sum(o.harm for o in picks))
+
+
+def _hopeless(kept: Sequence[Sequence[Option]], limits: dict[str, float]) -> Allocation | None:
+    """When a single limit lies below the least possible total: the set of that total. The solver is spared such limits,
+    which may be next to nothing and would ruin its scaling."""
+
+    def cost(option: Option, name: str) -> float:
+        return option.harm if name == "harm" else option.costs.get(name, 0.0)
+
+    least = {n: sum(min(cost(o, n) for o in part) for part in kept) for n in limits}
+    below = [n for n in limits if least[n] > limits[n]]
+    if not below:
+        return None
+    worst = max(below, key=lambda n: least[n] / max(limits[n], 1e-30))
+    picks = tuple(min(part, key=lambda o: (cost(o, worst), o.harm)) for part in kept)
+    costs, harm = _totals(picks)
+    return Allocation(picks, harm, costs, False, worst)
 
 
 def frontier(parts: Sequence[Sequence[Option]], resource: str, points: int = 12) -> list[Allocation]:

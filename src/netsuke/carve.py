@@ -211,13 +211,15 @@ class Carving:
         if name == "harm":
             return self.too_lossy(found.harm)
         show, need = UNITS[name], found.costs[name] + self.fixed[name]
-        rise = math.expm1(min(found.harm, 60))
+        has = {"ram": self.device.ram_total, "storage": self.device.storage}.get(name, math.inf)
+        more = f"--{name} {show(need * 1.02).replace(' ', '')}"
+        if need > has:
+            more = f"a device with at least {show(need)} of {name} (netsuke devices)"
         return NetsukeError(
             f"fit {self.name} into this budget",
             f"the {name} limit binds: the smallest carving needs {show(need)}, {show(self.limits[name])} allowed",
-            attempt=f"--{name} {show(need * 1.02).replace(' ', '')}, at a predicted rise of {self.task.metric} by {rise:.0%}",
-            code=1,
-        )
+            attempt=f"{more}, at a predicted rise of {self.task.metric} by {math.expm1(min(found.harm, 60)):.0%}", code=1,
+        )  # fmt: skip
 
     # 4. build, measure, repair
 
