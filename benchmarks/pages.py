@@ -81,7 +81,9 @@ def model() -> str:
         f"{training['tokens'] / 1e6:.0f} M tokens of Python ({training['seconds'] / 60:.0f} minutes on two cores). On the "
         f"{got['test_modules']} held-out modules of the standard library ({got['test_bytes']:,} bytes; split by the hash of the "
         f"module's path, so anyone can check) it needs **{got['bits_per_byte']:.3f} bits per byte**, `xz -9e` "
-        f"{got['xz_9e_bits_per_byte']:.3f}: {got['fewer_bits_than_xz']:.0%} fewer. Of {got['completions']} held-out function "
+        f"{got['xz_9e_bits_per_byte']:.3f}: {got['fewer_bits_than_xz']:.0%} fewer "
+        f"({got['long_lines_also_in_training_text']:.1%} of the held-out lines of 30 characters or more also stand somewhere in "
+        f"the training text). Of {got['completions']} held-out function "
         f"headers, completed greedily by 64 tokens, {got['completions_that_parse']:.0%} have complete lines that parse as Python. "
         "`python recipes/pycode/evaluate.py` prints both."
     )
@@ -99,7 +101,14 @@ def systems() -> str:
     return "\n".join(rows) + "\n\n● met, ○ not met, · cannot be shown here."
 
 
-PARTS = {"demo": demo, "measured": allocation, "quantization": quantization, "plans": plans, "model": model, "systems": systems}
+PARTS = {
+    "demo": demo,
+    "measured": allocation,
+    "quantization": quantization,
+    "plans": plans,
+    "model": model,
+    "systems": systems,
+}
 
 
 def fill(path: Path) -> None:

@@ -42,7 +42,9 @@ def main() -> None:
                 row[solver] = math.exp(task.mean_loss(model, "test") - base)
                 row["bytes"] = sum(m.bytes() for m in model.linears().values())
             rows.append(row)
-            print(f"{bits} bits, {row['bytes'] / 1e6:.2f} MB: rtn x{row['rtn']:.4f}, gptq x{row['gptq']:.4f}", flush=True)
+            print(
+                f"{bits} bits, {row['bytes'] / 1e6:.2f} MB: rtn x{row['rtn']:.4f}, gptq x{row['gptq']:.4f}", flush=True
+            )
     out = {"model": args.model, "perplexity_16_bit": math.exp(base), "rows": rows, "run": provenance()}
     if args.json:
         RESULT.parent.mkdir(exist_ok=True)

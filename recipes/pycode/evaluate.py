@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from corpus import long_lines, training_files
 
 from netsuke.data import pysource
 from netsuke.measure.machine import provenance
@@ -31,6 +32,13 @@ def bits_per_byte(loaded: Loaded, text: str) -> float:
     context = loaded.model.cfg.context
     nats = strided_loss(loaded.model, ids, context, context // 2) * (len(ids) - 1)
     return nats / math.log(2) / len(text.encode())
+
+
+def seen_lines(text: str) -> float:
+    """Share of the long lines of `text` that occur in the training text: common idioms, and whatever leaked."""
+    training = set().union(*(long_lines(t) for phase in (0, 1) for t in training_files(phase=phase)[0]))
+    lines = [s for line in text.splitlines() if len(s := line.strip()) >= 30]
+    return sum(line in training for line in lines) / len(lines)
 
 
 def function_headers(split: str) -> list[tuple[str, str, int]]:
@@ -76,6 +84,7 @@ def main() -> None:
     text = pysource.text("test")
     ours = bits_per_byte(loaded, text)
     xz = 8 * len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)) / len(text.encode())
+    seen = seen_lines(text)
     headers = function_headers("test")
     picked = [headers[i * len(headers) // FUNCTIONS] for i in range(FUNCTIONS)]
     good, samples = 0, []
@@ -88,6 +97,7 @@ def main() -> None:
     out = {
         "test_bytes": len(text.encode()), "test_modules": len(pysource.modules("test")), "bits_per_byte": round(ours, 4),
         "xz_9e_bits_per_byte": round(xz, 4), "fewer_bits_than_xz": round(1 - ours / xz, 4),
+        "long_lines_also_in_training_text": round(seen, 4),
         "completions_that_parse": good / len(picked), "completions": len(picked), "samples": samples[::10],
         "run": provenance(),
     }  # fmt: skip
@@ -95,6 +105,7 @@ def main() -> None:
     print(
         f"bits per byte: pycode {ours:.3f}, xz -9e {xz:.3f} on {out['test_bytes']:,} bytes: {1 - ours / xz:.1%} fewer"
     )
+    print(f"lines of 30 characters or more that stand somewhere in the training text too: {seen:.1%}")
     print(f"greedy {NEW_TOKENS}-token completions whose complete lines parse: {good} of {len(picked)}")
 
 

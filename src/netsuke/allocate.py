@@ -7,7 +7,10 @@ own Lagrangian search would only approximate it. Options that another one beats 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +38,20 @@ class Allocation:
     costs: dict[str, float]
     feasible: bool = True
     binding: str | None = None
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """HiGHS prints stray lines past Python, whatever its options say; they would spoil a command's JSON."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def undominated(options: Sequence[Option]) -> list[Option]:
@@ -79,7 +96,8 @@ def allocate(parts: Sequence[Sequence[Option]], limits: dict[str, float], minimi
         goal = np.concatenate([objective * (0 if slack else 1), np.ones(int(slack))])
         box = Bounds(np.zeros(n), np.concatenate([np.ones(len(flat)), np.full(int(slack), np.inf)]))
         options = {"time_limit": 30.0, "mip_rel_gap": 1e-4}
-        found = milp(goal, constraints=constraints, integrality=integer, bounds=box, options=options)
+        with quiet_stdout():
+            found = milp(goal, constraints=constraints, integrality=integer, bounds=box, options=options)
         return None if found.x is None else found.x[: len(flat)]
 
     names = list(limits)
