@@ -6,6 +6,8 @@ OUT := out
 # Real third-party data, where it is at hand; tests that need it say so and skip without it
 export NETSUKE_DATA ?= $(abspath $(wildcard ../shared/data))
 
+PROMPT := 'class Stack:\n    \"\"\"A simple stack.\"\"\"\n\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self'
+
 .PHONY: demo test lint bench pages clean
 
 .venv/ready: constraints.txt pyproject.toml
@@ -17,7 +19,7 @@ export NETSUKE_DATA ?= $(abspath $(wildcard ../shared/data))
 demo: .venv/ready
 	@mkdir -p $(OUT)
 	$(BIN)/netsuke fit pycode --device pi-zero-2w --storage 4MB -o $(OUT)/pycode-4mb.netsuke
-	$(BIN)/netsuke run $(OUT)/pycode-4mb.netsuke --tokens 48 --prompt 'def read_json(path):'
+	$(BIN)/netsuke run $(OUT)/pycode-4mb.netsuke --tokens 48 --temperature 0.6 --top-p 0.9 --seed 4 --prompt "$$(printf $(PROMPT))"
 
 test: .venv/ready
 	$(BIN)/pytest -n 2

@@ -129,7 +129,12 @@ def test_a_hugging_face_folder_is_carved(place, tmp_path):
     model = load(place / "model.netsuke").model
     hf_folder(tmp_path / "theirs", model, head_dim=12)
     report = fit(
-        str(tmp_path / "theirs"), "pi4", data=str(place / "words.txt"), context=32, storage=SMALL, out=str(tmp_path / "a")
+        str(tmp_path / "theirs"),
+        "pi4",
+        data=str(place / "words.txt"),
+        context=32,
+        storage=SMALL,
+        out=str(tmp_path / "a"),
     )
     assert report["source"] == "hf"
     assert report["after"]["bytes"] <= 72_000
