@@ -63,13 +63,18 @@ def plans() -> str:
     got = read("benchmarks/results/plan.json")
     if got is None:
         return "Not measured yet: `python benchmarks/plan.py --json`."
-    rows = ["| cell | predicted | measured | off by |", "|---|---|---|---|"]
-    rows += [
-        f"| {c['name']} | {c['predicted'] / 1e6:.1f} MB | {c['measured'] / 1e6:.1f} MB | {c['error']:+.1%} |"
-        for c in got["cells"]
-    ]
+    rows = ["| what | model | how | predicted | measured | off by |", "|---|---|---|---|---|---|"]
+    for c in got["cells"]:
+        if c["kind"] == "inference":
+            how = f"{c['precision']}, context {c['context']}"
+        else:
+            how = f"{c['scope']}, {c['batch']} windows of {c['tokens']} tokens"
+        sizes = f"{c['predicted'] / 1e6:.1f} MB | {c['measured'] / 1e6:.1f} MB | {c['error']:+.1%}"
+        rows.append(f"| {c['kind']} | {c['model']} | {how} | {sizes} |")
+    worst = ", ".join(f"{kind} {value:.1%} (bar {got['bars'][kind]:.0%})" for kind, value in got["worst"].items())
     head = "Peak memory of a fresh process above its idle level, predicted before loading and measured"
-    return f"{head} (`python benchmarks/plan.py`; {where(got['run'])}).\n\n" + "\n".join(rows)
+    note = f"{head} (`python benchmarks/plan.py`; {where(got)}). Furthest off: {worst}."
+    return note + "\n\n" + "\n".join(rows)
 
 
 def model() -> str:
@@ -84,7 +89,8 @@ def model() -> str:
         f"{got['xz_9e_bits_per_byte']:.3f}: {got['fewer_bits_than_xz']:.0%} fewer "
         f"({got['long_lines_also_in_training_text']:.1%} of the held-out lines of 30 characters or more also stand somewhere in "
         f"the training text). Of {got['completions']} held-out function "
-        f"headers, completed greedily by 64 tokens, {got['completions_that_parse']:.0%} have complete lines that parse as Python. "
+        f"headers, completed greedily by 64 tokens, {got['completions_that_parse']:.0%} have complete "
+        "lines that parse as Python. "
         "`python recipes/pycode/evaluate.py` prints both."
     )
 
