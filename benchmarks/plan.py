@@ -3,8 +3,11 @@
     python benchmarks/plan.py [--json] [--quick]
 
 Inference: a model with random weights is written as an artifact, loaded and run by the code of `netsuke run`: prefill in
-chunks, cache for the whole context, four tokens. Training: three steps of train/loop.py. Peaks are above the idle process
-(measure/peak.py); torch has one thread so that other work on the machine does not stretch the runs; one cell has two.
+chunks, cache for the whole context, four tokens. Training: three steps of train/loop.py. Both with the limits of
+runtime/allocator.py; training is measured with glibc's own as well (`measured_with_glibc_limits`), which no plan foresees.
+Peaks are above the idle process (measure/peak.py); torch has one thread so that other work on the machine does not
+stretch the runs; one cell has two. Each cell is the median of three processes (one with --quick): the same program differs
+by up to 5 MB from run to run, by how its heap happens to lie.
 Bars: within 5 % for inference, 15 % for training.
 """
 
@@ -24,7 +27,7 @@ from netsuke.measure.peak import peak_of
 from netsuke.models.llama import Llama, LlamaConfig
 from netsuke.models.load import describe, load
 from netsuke.models.save import save_artifact
-from netsuke.runtime.allocator import return_freed_memory
+from netsuke.runtime.allocator import LARGE_IN_TRAINING, return_freed_memory
 from netsuke.runtime.generate import generate
 from netsuke.runtime.memory_plan import inference_plan
 from netsuke.runtime.training_plan import trained_names, training_plan
@@ -66,6 +69,7 @@ TRAINING = [  # model, scope, windows, tokens
     ("30M", "last-2", 2, 256),
 ]
 QUICK = 1  # the first of each list: about 25 MB
+REPEATS = 3
 
 
 def config(shape: str, context: int = 4096) -> LlamaConfig:
@@ -107,8 +111,10 @@ def run_cell(folder: str, context: int, prompt: int) -> int:
     return [next(tokens) for _ in range(4)][-1]
 
 
-def train_cell(folder: str, scope: str, batch: int, tokens: int) -> float:
-    """In the fresh process: three steps of the training loop."""
+def train_cell(folder: str, scope: str, batch: int, tokens: int, give_back: bool) -> float:
+    """In the fresh process: three steps of the training loop, with or without the allocator's fixed limits."""
+    if give_back:
+        return_freed_memory(LARGE_IN_TRAINING)
     model = load(folder).model
     names = trained_names(model.cfg, scope, [n for n, _ in model.named_parameters()])
     for name, p in model.named_parameters():
@@ -119,38 +125,49 @@ def train_cell(folder: str, scope: str, batch: int, tokens: int) -> float:
     return history.losses[-1]
 
 
+def measured(target: str, *args: Any, threads: int, repeats: int) -> dict[str, Any]:
+    """{"measured": median bytes above idle, "runs": all of them, "idle": of the last}."""
+    peaks = [peak_of(target, *args, threads=threads, folders=(str(Path(__file__).parent),)) for _ in range(repeats)]
+    runs = sorted(p.above for p in peaks)
+    return {"measured": runs[repeats // 2], "runs": runs, "idle": peaks[-1].idle}
+
+
 def plan_cells(quick: bool = False, folder: Path | None = None) -> list[dict[str, Any]]:
     """One row per cell: {kind, model, …, predicted, measured, error, plan}; bytes, and error = predicted/measured - 1."""
     if folder is None:
         with tempfile.TemporaryDirectory() as made:
             return plan_cells(quick, Path(made))
-    here, rows = (str(Path(__file__).parent),), []
-    for shape, precision, context, prompt, threads in INFERENCE[: QUICK if quick else None]:
+    rows, first, repeats = [], QUICK if quick else None, 1 if quick else REPEATS
+
+    def stored(shape: str, precision: str) -> Path:
         path = folder / f"{shape}-{precision.replace(' ', '-')}.netsuke"
         if not path.exists():
             save_artifact(path, random_model(config(shape), precision), None, provenance={}, facts={})
+        return path
+
+    def add(plan: Any, **facts: Any) -> None:
+        row = {**facts, "predicted": plan.peak, "error": plan.peak / facts["measured"] - 1}
+        rows.append(row | {"plan": plan.as_dict(), "moment": plan.moment})
+        show(rows[-1])
+
+    for shape, precision, context, prompt, threads in INFERENCE[:first]:
+        path = stored(shape, precision)
         facts = describe(path)
         plan = inference_plan(facts.config, facts.layers, context=context, prompt=prompt, threads=threads)
-        peak = peak_of("plan:run_cell", str(path), context, prompt, threads=threads, folders=here)
-        rows.append(
-            {"kind": "inference", "model": shape, "precision": precision, "context": context, "prompt": prompt,
-             "threads": threads, "predicted": plan.peak, "measured": peak.above, "error": plan.peak / peak.above - 1,
-             "idle": peak.idle, "plan": plan.as_dict(), "moment": plan.moment}
+        got = measured("plan:run_cell", str(path), context, prompt, threads=threads, repeats=repeats)
+        add(
+            plan, kind="inference", model=shape, precision=precision, context=context, prompt=prompt, threads=threads,
+            **got,
         )  # fmt: skip
-        show(rows[-1])
-    for shape, scope, batch, tokens in TRAINING[: QUICK if quick else None]:
-        path = folder / f"{shape}-float32.netsuke"
-        if not path.exists():
-            save_artifact(path, random_model(config(shape), "float32"), None, provenance={}, facts={})
+    for shape, scope, batch, tokens in TRAINING[:first]:
+        path = stored(shape, "float32")
         facts = describe(path)
         plan = training_plan(facts.config, facts.layers, tokens=tokens, batch=batch, scope=scope, threads=1)
-        peak = peak_of("plan:train_cell", str(path), scope, batch, tokens, threads=1, folders=here)
-        rows.append(
-            {"kind": "training", "model": shape, "scope": scope, "batch": batch, "tokens": tokens,
-             "predicted": plan.peak, "measured": peak.above, "error": plan.peak / peak.above - 1, "idle": peak.idle,
-             "plan": plan.as_dict(), "moment": plan.moment}
-        )  # fmt: skip
-        show(rows[-1])
+        job = ("plan:train_cell", str(path), scope, batch, tokens)
+        got = measured(*job, True, threads=1, repeats=repeats)
+        if not quick:
+            got["measured_with_glibc_limits"] = measured(*job, False, threads=1, repeats=1)["measured"]
+        add(plan, kind="training", model=shape, scope=scope, batch=batch, tokens=tokens, **got)
     return rows
 
 

@@ -1,102 +1,205 @@
-"""`netsuke plan MODEL --device pi4`: memory and speed before any weight is loaded, for inference and for training."""
+"""`netsuke plan MODEL --device pi4`: memory, speed and whether it fits, from headers alone, before anything is loaded."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from netsuke.devices import Device, format_bytes, format_seconds
+from netsuke.errors import NetsukeError
 from netsuke.verb import verb
+
+if TYPE_CHECKING:
+    from netsuke.models.load import Described
+
+CONTEXT = 2048  # planned unless asked otherwise: many models advertise 128k, few are run so
+PROMPT = 128  # tokens of the prompt whose first answer is timed, unless asked otherwise
+LARGEST = 5
 
 
 @verb
 def plan(
     model: str, device: str = "this", *, context: int | None = None, batch: int = 1, prompt: int | None = None,
-    train: str | None = None, tokens: int | None = None,
+    train: str | None = None, tokens: int = 256, optimizer: str = "loop",
 ) -> dict[str, Any]:  # fmt: skip
-    """The plan of running (and, with `train`, of training) a model on a device, from its headers alone.
+    """What `model` takes on `device`, from its headers: {model, device, context, batch, prompt, memory, storage, fits,
+    binding, remedy, latency, training}; bytes and seconds.
 
-    context  tokens in the key/value cache (default: the model's, at most 2048)
-    prompt   tokens given at once (default: all of the context but one)
-    train    "full" or "last-K": which blocks learn; `tokens` per window, `batch` windows
+    context   tokens the key/value cache is allocated for; default: the model's own, at most 2048
+    prompt    tokens given at once; default: memory for all the context, time to the first token for 128
+    train     "full" or "last-K": plan one training step on `batch` windows of `tokens` tokens as well
 
-    Returns {model, device, context, batch, memory, largest, storage, fits, binding, latency, training?}. Raises NetsukeError
-    for an unusable model, device or size.
+    RAM is the process' (Python and torch, where the device runs them) plus the model's peak. Times come from the device's
+    figures, not from a run. Raises NetsukeError for an unusable model, device or size.
     """
-    from netsuke.devices import Device
-    from netsuke.errors import NetsukeError
+    for option, value in (("--context", context), ("--batch", batch), ("--prompt", prompt), ("--tokens", tokens)):
+        if value is not None and not 1 <= value <= 1 << 28:
+            raise NetsukeError(f"plan with {option} {value}", "that is no number of tokens or windows", "1 or more")
+    card = Device.load(device)
     from netsuke.models.load import describe
-    from netsuke.runtime.memory_plan import inference_plan, work_of
+    from netsuke.runtime.memory_plan import PROCESS, inference_plan, work_of
+
+    facts = describe(model)
+    cfg = facts.config
+    context = min(context or CONTEXT, cfg.context)
+    if prompt is not None and prompt >= context:
+        raise NetsukeError(f"plan with --prompt {prompt}", f"the context is {context}", f"at most {context - 1}")
+    python = "native" in card.homes
+    process = PROCESS["torch"] if python else 0
+
+    def memory_at(length: int) -> int:
+        sizes = {
+            "context": length,
+            "batch": batch,
+            "threads": card.cores,
+            "prompt": min(prompt, length) if prompt else None,
+        }
+        return process + inference_plan(cfg, facts.layers, **sizes).peak
+
+    running = inference_plan(cfg, facts.layers, context=context, batch=batch, prompt=prompt, threads=card.cores)
+    total = process + running.peak
+    asked = {"context": context, "batch": batch}
+    timed = min(prompt or PROMPT, max(context - 1, 1))
+    first = card.cost(work_of(cfg, facts.layers, tokens=timed, **asked))
+    token = card.cost(work_of(cfg, facts.layers, tokens=1, **asked))
+    out: dict[str, Any] = {
+        "model": model, "device": card.name, "context": context, "batch": batch, "prompt": prompt,
+        "memory": {**running.as_dict(), "process": process, "total": total, "limit": card.ram, "moment": running.moment},
+        "storage": {"bytes": facts.bytes_on_disk, "limit": card.storage},
+        "largest": [{"part": name, "bytes": size} for name, size in running.largest(LARGEST)],
+        "latency": {
+            "first_token": first.latency, "prompt_tokens": timed, "tokens_per_second": batch / token.latency,
+            "bound": token.bound, "energy_per_token": token.energy / batch,
+            "how": "predicted from this machine's probe, not measured" if card.name == "this" or device == "this"
+            else f"predicted from the figures of {card.name} (model, not measured)",
+        },
+    }  # fmt: skip
+    if not python:
+        out["note"] = (
+            f"{card.name} runs {', '.join(card.homes)}, not Python: the memory of its own runtime is not counted"
+        )
+    binding = [
+        name for name, over in (("ram", total > card.ram), ("storage", facts.bytes_on_disk > card.storage)) if over
+    ]
+    if train is not None:
+        out["training"] = step = _training(facts, train, tokens, batch, optimizer, card.cores, process)
+        if step["total"] > card.ram:
+            binding.append("ram for training")
+    out["fits"], out["binding"] = not binding, binding
+    out["remedy"] = _remedy(binding, memory_at, context, card) if binding else None
+    return out
+
+
+def _training(
+    facts: Described, scope: str, tokens: int, batch: int, optimizer: str, threads: int, process: int
+) -> dict:
     from netsuke.runtime.training_plan import training_plan
 
-    found, target = describe(model), Device.load(device)
-    cfg, layers = found.config, found.layers
-    context = context or min(cfg.context, 2048)
-    if context > cfg.context:
-        raise NetsukeError(f"plan {model}", f"a context of {context} tokens", f"at most {cfg.context}, the model's own")
-    memory = inference_plan(cfg, layers, context=context, batch=batch, prompt=prompt)
-    asked = prompt or max(context - 1, 1)
-    first = target.cost(work_of(cfg, layers, context=context, tokens=asked, batch=batch))
-    step = target.cost(work_of(cfg, layers, context=context, tokens=1, batch=batch))
-    peak, training = memory.peak, None
-    if train is not None:
-        planned = training_plan(cfg, layers, tokens=tokens or min(context, 256), batch=batch, scope=train)
-        training, peak = {"scope": train, **planned.as_dict()}, max(peak, planned.peak)
-    over = {"ram": peak / target.ram, "storage": found.bytes_on_disk / target.storage}
-    binding = max(over, key=over.__getitem__)
+    step = training_plan(
+        facts.config, facts.layers, tokens=tokens, batch=batch, scope=scope, optimizer=optimizer, threads=threads
+    )
     return {
-        "model": model, "device": target.name, "context": context, "batch": batch, "prompt": asked,
-        "memory": memory.as_dict(), "largest": [{"name": n, "bytes": b} for n, b in memory.largest()],
-        "storage": found.bytes_on_disk, "limits": {"ram": target.ram, "storage": target.storage},
-        "fits": all(v <= 1 for v in over.values()), "binding": binding if over[binding] > 1 else None,
-        "latency": {
-            "first_token": first.latency, "tokens_per_second": batch / step.latency, "bound": step.bound,
-            "energy_per_token": step.energy / batch, "how": f"predicted by the card of {target.name}, not measured",
-        },
-        "training": training,
+        "scope": scope, "tokens": tokens, "batch": batch, "optimizer": optimizer, **step.as_dict(),
+        "process": process, "total": process + step.peak, "moment": step.moment,
     }  # fmt: skip
 
 
+def _remedy(binding: list[str], memory_at: Any, context: int, card: Device) -> str:
+    """The nearest thing that would fit."""
+    if binding == ["ram"] and memory_at(1) <= card.ram:
+        low, high = 1, context  # memory grows with the context: bisect
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if memory_at(middle) <= card.ram else (low, middle)
+        return f"--context {low}"
+    if binding == ["ram for training"]:
+        return "--train last-1, fewer --tokens or a smaller --batch"
+    return f"netsuke fit MODEL --device {card.name}"
+
+
 def register(app: typer.Typer) -> None:
-    @app.command("plan", help="Memory and speed of a model on a device, before anything is loaded.")
+    @app.command("plan", help="Memory, speed and whether a model fits a device, before anything is loaded.")
     def command(
         model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c file, or 'pycode'")],
         device: Annotated[str, typer.Option(help="a card's name (netsuke devices), a TOML file, or 'this'")] = "this",
-        context: Annotated[int | None, typer.Option(help="tokens in the key/value cache")] = None,
-        batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
-        prompt: Annotated[int | None, typer.Option(help="tokens given at once; default: the context less one")] = None,
-        train: Annotated[str | None, typer.Option(help="plan training too: full or last-K")] = None,
-        tokens: Annotated[int | None, typer.Option(help="tokens per training window")] = None,
+        context: Annotated[
+            int | None, typer.Option(help="tokens of context; default: the model's, at most 2048")
+        ] = None,
+        batch: Annotated[int, typer.Option(help="sequences at once; windows per training step")] = 1,
+        prompt: Annotated[int | None, typer.Option(help="tokens of the prompt")] = None,
+        train: Annotated[str | None, typer.Option(help="plan a training step too: full or last-K")] = None,
+        tokens: Annotated[int, typer.Option(help="tokens per training window")] = 256,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
-    ) -> int:
+    ) -> None:
         got = plan(model, device, context=context, batch=batch, prompt=prompt, train=train, tokens=tokens)
-        print(json.dumps(got)) if as_json else show(got)
-        return 0 if got["fits"] else 1
+        if as_json:
+            print(json.dumps(got))
+        else:
+            show(got)
+        raise typer.Exit(0 if got["fits"] else 1)
 
 
 def show(got: dict[str, Any]) -> None:
+    """The plan as tables."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from netsuke.devices import format_bytes, format_seconds
+    console, memory, latency = Console(), got["memory"], got["latency"]
 
-    print(f"{got['model']} on {got['device']}, context {got['context']}, batch {got['batch']}")
-    table = Table("", "bytes")
-    table.columns[1].justify = "right"
-    for name, size in got["memory"].items():
-        table.add_row(name.replace("_", " ").replace("kv", "key/value"), format_bytes(size), end_section=name == "runtime")
-    for name, size in (got["training"] or {}).items():
-        if name != "scope":
-            table.add_row(f"training {got['training']['scope']}: {name}", format_bytes(size))
-    Console().print(table)
-    largest = ", ".join(f"{row['name']} {format_bytes(row['bytes'])}" for row in got["largest"])
-    latency, limits = got["latency"], got["limits"]
-    print(f"largest        {largest}")
-    disk = f"{format_bytes(got['storage'])} of {format_bytes(limits['storage'])}"
-    print(f"on disk        {disk}; RAM {format_bytes(limits['ram'])}")
-    print(
-        f"speed          first token of {got['prompt']} after {format_seconds(latency['first_token'])}, then "
-        f"{latency['tokens_per_second']:.3g} tokens/s, bound by {latency['bound']} ({latency['how']})"
-    )
-    print("fits           yes" if got["fits"] else f"fits           no: {got['binding']} is exceeded")
+    def sizes(title: str, parts: dict[str, Any], names: dict[str, str]) -> Table:
+        table = Table("", title=Text(title), title_justify="left")
+        table.add_column("bytes", justify="right")
+        for key, name in names.items():
+            if parts[key]:
+                table.add_row(name, format_bytes(parts[key]))
+        table.add_section()
+        table.add_row("in all", format_bytes(parts["total"]))
+        table.caption = Text(f"the peak: {parts['moment']}")
+        return table
+
+    title = f"{got['model']} on {got['device']}: {got['context']} tokens of context, batch {got['batch']}"
+    running = {
+        "weights": "weights", "kv_cache": "key/value cache", "activations": "activations", "buffers": "buffers",
+        "runtime": "libraries, heap", "process": "Python and torch, idle",
+    }  # fmt: skip
+    console.print(sizes(title, memory, running))
+    if "training" in got:
+        step = got["training"]
+        names = {
+            "weights": "weights",
+            "optimizer": "optimizer states",
+            "gradients": "gradients",
+            "saved": "saved tensors",
+        }
+        names |= {"buffers": "buffers", "runtime": running["runtime"], "process": running["process"]}
+        console.print(
+            sizes(f"training {step['scope']}: {step['batch']} windows of {step['tokens']} tokens", step, names)
+        )
+    largest = ", ".join(f"{row['part']} {format_bytes(row['bytes'])}" for row in got["largest"])
+    stored = got["storage"]
+    lines = [
+        ("largest", largest),
+        ("RAM", f"{format_bytes(memory['total'])} of {format_bytes(memory['limit'])}"),
+        ("storage", f"{format_bytes(stored['bytes'])} of {format_bytes(stored['limit'])}"),
+        (
+            "first token",
+            f"{format_seconds(latency['first_token'])} after a prompt of {latency['prompt_tokens']} tokens",
+        ),
+        ("then", f"{latency['tokens_per_second']:.3g} tokens/s, bound by {latency['bound']}"),
+        ("", latency["how"]),
+    ]
+    facts = Table.grid(padding=(0, 2))
+    for name, value in lines:
+        facts.add_row(name, Text(value))
+    console.print(facts)
+    if "note" in got:
+        console.print(Text(got["note"]))
+    if got["fits"]:
+        console.print("[green]fits[/]")
+    else:
+        console.print(
+            Text(f"does not fit: {' and '.join(got['binding'])} too small; try: {got['remedy']}", style="red")
+        )

@@ -59,7 +59,11 @@ def resident() -> dict[str, int]:
         unit = 1 if sys.platform == "darwin" else 1024
         mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"now": mark, "mark": mark, "mapped": 0}
-    kib = {k: int(v.split()[0]) for k, _, v in (line.partition(":") for line in lines) if k in ("VmHWM", "VmRSS", "RssFile")}
+    kib = {
+        k: int(v.split()[0])
+        for k, _, v in (line.partition(":") for line in lines)
+        if k in ("VmHWM", "VmRSS", "RssFile")
+    }
     return {"now": kib["VmRSS"] * 1024, "mark": kib["VmHWM"] * 1024, "mapped": kib["RssFile"] * 1024}
 
 
@@ -99,7 +103,9 @@ def watching() -> Iterator[Watch]:
         watch.close()
 
 
-def peak_of(target: str, *args: Any, threads: int | None = None, folders: tuple[str, ...] = (), timeout: float = 600) -> Peak:
+def peak_of(
+    target: str, *args: Any, threads: int | None = None, folders: tuple[str, ...] = (), timeout: float = 600
+) -> Peak:
     """Runs `target` ("package.module:function") once in a fresh Python and returns its peak memory.
 
     args      passed on as JSON, as is the function's return value (`Peak.result`)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from netsuke.devices import Work
 from netsuke.errors import NetsukeError
+from netsuke.runtime.allocator import LARGE
 
 if TYPE_CHECKING:
     from netsuke.models.llama import LlamaConfig
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 F32 = 4  # the pass computes in float32 however weights are stored
 WIDENED = 1 << 17  # weights that layers/linear.py and layers/quantized.py widen at a time
-# Pages that the first forward pass touches beside its tensors: kernels of the torch and BLAS libraries (8.4 MB of mapped
-# code), their tables and torch's small-object heap. Measured with a model of 0.1 MB on x86-64 and torch 2.13.
-RUNTIME = 10_500_000
+# What loading and the first pass touch beside their tensors: kernels of the torch and BLAS libraries (10 MB of mapped code),
+# their tables, torch's small objects, and holes in the heap. Measured with models of 0.1 to 30 MB on x86-64, torch 2.13.
+RUNTIME = 11_000_000
 # Floats of packed weights that a BLAS thread keeps: 192 inputs of at most 4096 outputs. Measured with MKL 2024.2, products
 # of 256 rows with 170 to 32,768 outputs on 1 and 2 threads; it keeps them once the products have more than two rows.
 PANEL = (192, 4096)
@@ -59,7 +60,8 @@ class Layer:
             return (n + self.outs * self.bias) * SIZES[self.spec["dtype"]]
         if kind == "quant":
             groups = -(-self.ins // self.spec["group"])
-            row = (self.ins * self.spec["bits"] + 7) // 8 + 3 * groups  # codes, a float16 scale and a zero point per group
+            codes = (self.ins * self.spec["bits"] + 7) // 8
+            row = codes + 3 * groups  # and a float16 scale and a zero point per group
             return self.outs * (row + self.bias * SIZES[self.spec.get("bias", "float32")])
         from netsuke.layers.registry import layer_bytes
 
@@ -112,11 +114,20 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Moment:
-    """One step of a pass: tensors alive and transient buffers, in bytes."""
+    """One step of a pass: the sizes in bytes of the tensors that are alive, and of transient buffers."""
 
     name: str
-    activations: int
-    buffers: int = 0
+    tensors: tuple[int, ...]
+    scratch: tuple[int, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.tensors) + sum(self.scratch)
+
+    @property
+    def in_heap(self) -> int:
+        """Bytes of those that are too small to be mapped on their own (runtime/allocator.py)."""
+        return sum(size for size in (*self.tensors, *self.scratch) if size < LARGE)
 
 
 def linear_layers(cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, Layer]:
@@ -134,7 +145,9 @@ def linear_layers(cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, Layer]
 
 def uniform_specs(cfg: LlamaConfig, spec: dict) -> dict[str, dict]:
     """The same spec for every linear map: what a model would be if it were stored so."""
-    names = ["embed", *(f"blocks.{i}.{m}" for i in range(len(cfg.blocks)) for m in MAPS)] + ([] if cfg.tied else ["head"])
+    names = ["embed", *(f"blocks.{i}.{m}" for i in range(len(cfg.blocks)) for m in MAPS)] + (
+        [] if cfg.tied else ["head"]
+    )
     return dict.fromkeys(names, spec)
 
 
@@ -145,10 +158,10 @@ def small_tensors(cfg: LlamaConfig) -> int:
     return F32 * (per_block * len(cfg.blocks) + cfg.width + tables)
 
 
-def flash_scratch(batch: int, heads: int, T: int, S: int, dim: int, threads: int) -> int:
-    """Bytes of the fused attention kernel's tiles (one set per thread) and log-sums."""
+def flash_tiles(T: int, S: int, dim: int, threads: int) -> int:
+    """Bytes of the fused attention kernel's tiles, one set per thread."""
     rows = min(T, next(size for least, size in FLASH_ROWS if least <= T))
-    return F32 * (threads * rows * (min(FLASH_COLUMNS, S) + 2 + dim) + batch * heads * T)
+    return F32 * threads * rows * (min(FLASH_COLUMNS, S) + 2 + dim)
 
 
 def block_moments(
@@ -159,32 +172,35 @@ def block_moments(
     qk, vd, hidden = 2 * cfg.pair_count(i), cfg.blocks[i].value_dim, cfg.blocks[i].hidden
     x, q, k, v, y, f = row * C, row * H * qk, row * K * qk, row * K * vd, row * H * vd, row * hidden
     turns = F32 * T * qk * (1 if cfg.blocks[i].pairs is None else 1 + H)  # cos and sin
-    yield Moment("norm", 3 * x)
-    yield Moment("q", 2 * x + q, maps["q"].widened)
-    yield Moment("v", 2 * x + q + k + v, max(maps["k"].widened, maps["v"].widened))
-    yield Moment("rotation", 2 * x + q + k + v + turns + 2 * max(q, k))
-    wide = max(qk, vd)
-    if kv_bytes == F32:
-        held, seen = 2 * x + q + turns, 0
-    else:  # a narrow cache is widened for the block that reads it
-        held, seen = 2 * x + q + turns, F32 * B * K * S * (qk + vd)
+    yield Moment("norm", (x, x, x))
+    yield Moment("q", (x, x, q), (maps["q"].widened,))
+    yield Moment("v", (x, x, q, k, v), (max(maps["k"].widened, maps["v"].widened),))
+    if q >= k:
+        yield Moment("rotation", (x, x, q, k, v, turns, q // 2, q // 2, q))
+    else:
+        yield Moment("rotation", (x, x, q, k, v, turns, k // 2, k // 2, k))
+    held, wide, seen = (x, x, q, turns), max(qk, vd), ()
+    if kv_bytes != F32:  # a narrow cache is widened for the block that reads it
+        seen = (F32 * B * K * S * qk, F32 * B * K * S * vd)
     windowed = cfg.window is not None and cfg.window < S
     if T == 1 and not windowed:
-        yield Moment("attention", held + 2 * F32 * B * H * S, seen)
+        yield Moment("attention", (*held, F32 * B * H * S, F32 * B * H * S), seen)
     else:
-        padded = F32 * B * K * S * (0 if qk == vd else wide) + (row * H * vd if qk < vd else 0)
+        padded = (F32 * B * K * S * wide,) if qk != vd else ()
+        if qk < vd:
+            padded += (row * H * vd,)
         masked = S != T or windowed
-        mask = T * S * (1 + F32) if masked else 0
+        mask = (T * S, F32 * T * S) if masked else ()
         out = row * H * wide
-        yield Moment("attention", held + out, seen + padded + mask + flash_scratch(B, H, T, S, wide, threads))
+        tiles, sums = flash_tiles(T, S, wide, threads), row * H
+        yield Moment("attention", (*held, out), (*seen, *padded, *mask, tiles, sums))
         if H != K:
-            yield Moment("heads together", held + 2 * out, seen + padded + (T * S if masked else 0))
-        yield Moment("heads in order", held + out + y)
-    yield Moment("o", x + y + x, maps["o"].widened)
-    yield Moment("attention added", x + 2 * x)
-    yield Moment("up", 3 * x + 2 * f, max(maps["gate"].widened, maps["up"].widened))
-    yield Moment("gate times up", 3 * x + 3 * f)
-    yield Moment("down", 4 * x + f, maps["down"].widened)
+            yield Moment("heads together", (*held, out, out), (*seen, *padded, *mask[:1]))
+        yield Moment("heads in order", (*held, out, y))
+    yield Moment("o", (x, y, x), (maps["o"].widened,))
+    yield Moment("up", (x, x, x, f, f), (max(maps["gate"].widened, maps["up"].widened),))
+    yield Moment("gate times up", (x, x, x, f, f, f))
+    yield Moment("down", (x, x, x, x, f), (maps["down"].widened,))
 
 
 def pass_moments(
@@ -194,13 +210,13 @@ def pass_moments(
     logits = F32 * B * cfg.vocab
     table = maps["embed"]
     row = F32 * B * T * cfg.width
-    yield Moment("embedding", row if table.plain else 2 * row, min(table.widened, 2 * row))
+    yield Moment("embedding", (row,) if table.plain else (row, row), (min(table.widened, 2 * row),))
     for i in range(len(cfg.blocks)):
         own = {name: maps[f"blocks.{i}.{name}"] for name in MAPS}
         for m in block_moments(cfg, i, own, B, T, S, kv_bytes, threads):
             # the logits of the pass before are still held
-            yield Moment(f"block {i}, {m.name}", m.activations + logits, m.buffers)
-    yield Moment("logits", row + 2 * logits, maps["embed" if cfg.tied else "head"].widened)
+            yield Moment(f"block {i}, {m.name}", (*m.tensors, logits), m.scratch)
+    yield Moment("logits", (row, logits, logits), (maps["embed" if cfg.tied else "head"].widened,))
 
 
 def passes(context: int, prompt: int, chunk: int) -> list[tuple[int, int]]:
@@ -264,46 +280,46 @@ def inference_plan(
     maps = linear_layers(cfg, layers)
     parts = {name: m.bytes for name, m in maps.items()}
     kv = SIZES[kv_dtype] * batch * context * sum(cfg.kv_width(i) for i in range(len(cfg.blocks)))
-    moments = (
+    moments = [
         m for T, S in passes(context, prompt, prefill_chunk)
         for m in pass_moments(cfg, maps, batch, T, S, SIZES[kv_dtype], threads)
-    )  # fmt: skip
-    top = max(moments, key=lambda m: m.activations + m.buffers)
+    ]  # fmt: skip
+    top = max(moments, key=lambda m: m.bytes)
+    holes = max(m.in_heap for m in moments) - top.in_heap  # the heap keeps the size that its fullest moment gave it
     weights, kept = sum(parts.values()) + small_tensors(cfg), panels(maps, threads) if prompt > 2 else 0
-    buffers, moment = top.buffers + kept, top.name
+    activations, buffers, moment = sum(top.tensors), sum(top.scratch) + holes + kept, top.name
     loading, layer = loading_peak(maps)
-    if loading > (running := weights + kv + top.activations + buffers):  # before there is a cache or an activation
+    if loading > (running := weights + kv + activations + buffers):  # before there is a cache or an activation
         buffers, moment = buffers + loading - running, f"loading {layer}"
-    return MemoryPlan(weights, kv, top.activations, buffers, RUNTIME, moment, parts)
+    return MemoryPlan(weights, kv, activations, buffers, RUNTIME, moment, parts)
 
 
-def work_of(cfg: LlamaConfig, layers: dict[str, dict], *, context: int, tokens: int, batch: int = 1) -> Work:
+def work_of(
+    cfg: LlamaConfig, layers: dict[str, dict], *, context: int, tokens: int, batch: int = 1, prefill_chunk: int = 256
+) -> Work:
     """The work of one pass over `tokens` tokens: a prompt's prefill, or with `tokens` = 1 the decoding of one token after
     `context` - 1 others. One sequence or `batch` of them.
 
-    Every weight is read once per pass; of an embedding table that is no output head as well, only the tokens' rows. The
-    output head works on the last position alone. A prefill reads back the keys and values that it writes.
+    Every weight is read once per chunk; of an embedding table that is no output head as well, only the tokens' rows. The
+    output head works on the last position alone. A prefill reads back the keys and values that it writes. Arithmetic is
+    float32 at any precision of storage, as in models/llama.py.
     """
     maps = linear_layers(cfg, layers)
     head = maps["embed" if cfg.tied else "head"]
+    inner = [m for name, m in maps.items() if name.startswith("blocks.")]
     seen = context if tokens == 1 else tokens
     pairs = seen if tokens == 1 else tokens * (tokens + 1) / 2  # (query, key) pairs under the causal mask
     if cfg.window is not None:
-        seen = min(seen, cfg.window)
-        pairs = min(pairs, tokens * cfg.window)
-    inner = [m for name, m in maps.items() if name.startswith("blocks.")]
+        seen, pairs = min(seen, cfg.window), min(pairs, tokens * cfg.window)
     attention = sum(cfg.heads * (2 * cfg.pair_count(i) + b.value_dim) for i, b in enumerate(cfg.blocks))
-    kv = F32 * seen * sum(cfg.kv_width(i) for i in range(len(cfg.blocks)))
-    macs = tokens * sum(m.outs * m.ins for m in inner) + head.outs * head.ins + pairs * attention
-    read = sum(m.bytes for m in inner) + head.bytes + small_tensors(cfg) + batch * kv
+    chunks = -(-tokens // prefill_chunk)
+    kept = sum(m.bytes for m in inner) + small_tensors(cfg)
+    read = chunks * (kept + head.bytes) + F32 * batch * seen * sum(cfg.kv_width(i) for i in range(len(cfg.blocks)))
     if not cfg.tied:
-        table = maps["embed"]
-        read += min(batch * tokens, table.outs) * table.bytes // table.outs
-    weights = sum(m.outs * m.ins for m in (*inner, head))
-    bits = 8 * sum(m.bytes for m in (*inner, head)) / weights
-    width = next((w for w in (4, 8, 16) if bits <= w * 1.25), 32)  # scales and zero points are no wider arithmetic
+        read += min(batch * tokens, cfg.vocab) * maps["embed"].bytes // cfg.vocab
+    macs = tokens * sum(m.outs * m.ins for m in inner) + chunks * head.outs * head.ins + pairs * attention
     return Work(
-        macs=batch * macs, bytes_read=read, bits=width, layers=len(maps),
-        ram=inference_plan(cfg, layers, context=context, batch=batch).peak,
+        macs=batch * macs, bytes_read=read, bits=32, layers=chunks * len(maps),
+        ram=inference_plan(cfg, layers, context=max(context, tokens), batch=batch).peak,
         storage=sum(m.bytes for m in maps.values()) + small_tensors(cfg),
     )  # fmt: skip
