@@ -1,11 +1,13 @@
 """Peaks of fresh processes, and the ledger of saved tensors."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
 from netsuke.errors import NetsukeError
-from netsuke.measure.peak import peak_of, resident
+from netsuke.measure.peak import Watch, peak_of, resident
 from netsuke.measure.saved import saved_ledger
 
 MODULE = """
@@ -53,6 +55,18 @@ def test_a_killed_call_names_the_signal(folder):
 def test_resident_sizes_are_consistent():
     now = resident()
     assert now["mark"] >= now["now"] > now["mapped"] >= 0
+
+
+def test_without_the_kernels_mark_a_thread_samples(monkeypatch):
+    def refuse(path, text):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    watch = Watch()
+    held = torch.ones(10_000_000)
+    time.sleep(0.1)
+    del held
+    assert watch.how == "sampled" and watch.close() - watch.idle > 30e6
 
 
 def test_ledger_counts_each_storage_once_and_no_parameter():

@@ -21,8 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,16 +91,6 @@ class Watch:
         return resident()["mark"] if self.how == "VmHWM" else max(self._highest, resident()["now"])
 
 
-@contextmanager
-def watching() -> Iterator[Watch]:
-    """Peak of a part of this very process: honest only if nothing large ran in it before."""
-    watch = Watch()
-    try:
-        yield watch
-    finally:
-        watch.close()
-
-
 def peak_of(
     target: str, *args: Any, threads: int | None = None, folders: tuple[str, ...] = (), timeout: float = 600
 ) -> Peak:
@@ -116,7 +104,6 @@ def peak_of(
     """
     job = json.dumps({"target": target, "args": args, "threads": threads, "folders": [str(f) for f in folders]})
     try:
-        # -u and a private session are not needed: the child writes one line and ends.
         done = subprocess.run(
             [sys.executable, "-m", "netsuke.measure.peak"], input=job, capture_output=True, text=True, timeout=timeout,
             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
