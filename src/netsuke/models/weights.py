@@ -33,7 +33,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 LARGEST_JSON = 300_000_000  # bytes; the largest index or tokenizer seen in the wild is a tenth of that
 PICKLE = "the file is a pickle, which can run code when opened"
-CHUNK = 1 << 22
+CHUNK = 1 << 16  # numbers checked at a time: small temporaries leave no holes in the heap for weights to settle in
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ RUNTIME = 11_000_000
 PANEL = (192, 4096)
 # The idle process: Python, torch, netsuke. Measured as above (file-mapped library pages are a third of it).
 PROCESS = {"torch": 236_000_000}
-CHECKED = 1 << 22  # numbers that models/weights.py looks at in one piece
+CHECKED = 1 << 16  # numbers that models/weights.py looks at in one piece
 FLASH_ROWS = ((768, 256), (192, 64), (0, 32))  # query rows per tile of torch's fused attention, by T
 FLASH_COLUMNS = 512
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
