@@ -6,7 +6,7 @@ OUT := out
 # Real third-party data, where it is at hand; tests that need it say so and skip without it
 export NETSUKE_DATA ?= $(abspath $(wildcard ../shared/data))
 
-PROMPT := 'class Stack:\n    \"\"\"A simple stack.\"\"\"\n\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self'
+PROMPT := 'class Stack:\n    """A simple stack."""\n\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self'
 
 .PHONY: demo test lint bench pages clean
 
