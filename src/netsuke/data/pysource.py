@@ -33,7 +33,6 @@ def split_of(module_path: str) -> str:
 def python_files(root: Path, skip: set[str] = SKIP) -> list[Path]:
     """All .py files below `root`, sorted by path, without the folders named in `skip` and build configuration."""
 
-
     def wanted(p: Path) -> bool:
         folders = p.relative_to(root).parts[:-1]
         generated = p.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
