@@ -36,11 +36,11 @@ from netsuke.train.loop import LoopKnobs, train
 
 RESULT = Path(__file__).parent / "results/plan.json"
 BARS = {"inference": 0.05, "training": 0.15}
-SHAPES = {  # blocks, width, heads, key heads, hidden, vocabulary: 4, 10, 30, 104 and 126 million parameters
+SHAPES = {  # blocks, width, heads, key heads, hidden, vocabulary: 4, 9, 30, 100 and 126 million parameters
     "4M": (4, 256, 4, 2, 704, 4096),
     "10M": (4, 384, 6, 2, 1024, 8192),
     "30M": (8, 512, 8, 4, 1408, 12000),
-    "104M": (12, 768, 12, 4, 2048, 32000),
+    "100M": (12, 768, 12, 4, 2048, 32000),
     "126M": (12, 768, 12, 12, 3072, 16384),
 }
 INFERENCE = [  # model, precision, context, prompt, threads
@@ -50,12 +50,12 @@ INFERENCE = [  # model, precision, context, prompt, threads
     ("30M", "float32", 256, 200, 1),
     ("30M", "bfloat16", 2048, 1000, 1),
     ("30M", "8 bits", 1024, 600, 1),
-    ("104M", "float32", 1024, 300, 1),
-    ("104M", "float16", 256, 200, 2),
-    ("104M", "bfloat16", 4096, 300, 1),
-    ("104M", "8 bits", 2048, 300, 1),
-    ("104M", "4 bits", 512, 300, 1),
-    ("104M", "4 bits", 4096, 600, 1),
+    ("100M", "float32", 1024, 300, 1),
+    ("100M", "float16", 256, 200, 2),
+    ("100M", "bfloat16", 4096, 300, 1),
+    ("100M", "8 bits", 2048, 300, 1),
+    ("100M", "4 bits", 512, 300, 1),
+    ("100M", "4 bits", 4096, 600, 1),
     ("126M", "4 bits", 1024, 600, 1),
     ("126M", "float16", 2048, 300, 1),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from netsuke.devices import Device
 from netsuke.errors import NetsukeError
@@ -217,6 +218,25 @@ def test_work_counts_the_table_once():
     assert one[True].bytes_read == 2 * (inner + head) + small_tensors(tied) + cache
     assert one[False].bytes_read == one[True].bytes_read + 2 * 192  # one row of the table
     assert one[False].storage == one[True].storage + 2 * head
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_every_launched_operator_is_priced():
+    cfg = config()
+    model, cache = random_llama(cfg, 0), KVCache(cfg, 1, 8)
+    with torch.no_grad(), Launches() as launches:
+        model(torch.tensor([[1]]), cache)
+    work = work_of(cfg, specs_of(model), context=8, tokens=1)
+    assert work.layers == pytest.approx(launches.count, abs=3)
 
 
 def test_a_prompt_is_cheaper_per_token_than_decoding():
