@@ -110,7 +110,7 @@ def allocate(parts: Sequence[Sequence[Option]], limits: dict[str, float], minimi
     x = solve(goal, scaled, [1.0] * len(names), slack=False)
     feasible = x is not None
     if not feasible:
-        x = solve(goal, scaled, [], slack=True) if not names else solve(goal, scaled, [1.0] * len(names), slack=True)
+        x = solve(goal, scaled, [1.0] * len(names), slack=True)
     picks = tuple(flat[int(np.flatnonzero(owner == i)[np.argmax(x[owner == i])])] for i in range(len(kept)))
     costs, harm = _totals(picks)
     totals = {**costs, "harm": harm}

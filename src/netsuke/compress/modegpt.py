@@ -38,7 +38,7 @@ from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
 from netsuke.measure.activations import Gram, Influence, SquareSum, tapped
 from netsuke.models.llama import Block, Llama, LlamaConfig, rope_table
-from netsuke.tasks.base import Task
+from netsuke.tasks.base import Task, run_calibration
 
 MODULES = ("mlp", "qk", "vo")
 PARTS = {"mlp": ("gate", "up", "down"), "qk": ("q", "k"), "vo": ("v", "o")}
@@ -175,12 +175,7 @@ def calibrate(model: Llama, task: Task, windows: int) -> list[BlockStats]:
     inputs = {m: acc for b, t in zip(model.blocks, taps) for m, acc in ((b.down, t[0]), (b.v, t[1]))}
     outputs = {m: acc for b, t in zip(model.blocks, taps) for m, acc in ((b.q, t[2]), (b.k, t[3]))}
     with tapped(inputs, outputs, {b: t[4] for b, t in zip(model.blocks, taps)}):
-        left = windows
-        for batch in task.batches("train"):
-            task.loss(model, batch[:left])
-            left -= len(batch)
-            if left <= 0:
-                break
+        run_calibration(model, task, windows)
     stats = []
     for layer, (hidden, entry, query, key, influence) in enumerate(taps):
         if hidden.total is None:

@@ -17,7 +17,7 @@ from netsuke.compress import decompose, modegpt
 from netsuke.layers.linear import Dense
 from netsuke.measure.activations import Gram, tapped
 from netsuke.models.llama import LINEARS, Llama
-from netsuke.tasks.base import Task
+from netsuke.tasks.base import Task, run_calibration
 
 
 def pruned_by_norm(model: Llama, per_block: Sequence[modegpt.Fractions]) -> Llama:
@@ -77,12 +77,7 @@ def svd_each(model: Llama, remove: float, task: Task | None = None, windows: int
     if task is not None:
         grams = {f"blocks.{i}.{n}": Gram() for i in range(len(model.blocks)) for n in LINEARS}
         with tapped({model.get_submodule(name): gram for name, gram in grams.items()}):
-            left = windows
-            for batch in task.batches("train"):
-                task.loss(model, batch[:left])
-                left -= len(batch)
-                if left <= 0:
-                    break
+            run_calibration(model, task, windows)
     for i in range(len(model.blocks)):
         for n in LINEARS:
             name = f"blocks.{i}.{n}"

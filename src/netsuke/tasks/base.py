@@ -26,3 +26,13 @@ class Task(Protocol):
 
     def facts(self) -> dict:
         """What the data is: names, sizes, sha256 per split. Goes into reports."""
+
+
+def run_calibration(model: nn.Module, task: Task, windows: int) -> None:
+    """Runs `windows` rows of the train split through the model, for whoever listens (measure/activations.py)."""
+    left = windows
+    for batch in task.batches("train"):
+        task.loss(model, batch[:left])
+        left -= len(batch)
+        if left <= 0:
+            break
