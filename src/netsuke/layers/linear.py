@@ -58,6 +58,10 @@ class LinearBase(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         return self.to_dense()[ids]
 
+    def halved(self, name: str) -> LinearBase:
+        """This map in 16 bits (see `halved`): itself where its weights are no float32 tensors."""
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.ins} -> {self.outs}, {self.spec()}"
 
@@ -69,7 +73,8 @@ class Dense(LinearBase):
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.outs, self.ins = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        # As a file stores it: BLAS rounds a transposed view differently, and a saved model must answer as before.
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
@@ -97,21 +102,30 @@ class Dense(LinearBase):
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).float()
 
+    def halved(self, name: str) -> LinearBase:
+        if self.weight.dtype != torch.float32:
+            return self
+        return Dense(**half({"weight": self.weight, "bias": self.bias}, name))
+
     def spec(self) -> dict:
         return {"kind": "dense", "dtype": str(self.weight.dtype).removeprefix("torch.")}
 
 
 def halved(layer: LinearBase, name: str) -> LinearBase:
-    """`layer` in 16 bits: float32 becomes float16, everything else is as small already and stays.
+    """`layer` in 16 bits: float32 weights become float16, everything else is as small already and stays.
 
     Raises NetsukeError, with `name`, for weights beyond the range of float16.
     """
-    if not isinstance(layer, Dense) or layer.weight.dtype != torch.float32:
-        return layer
-    half = [None if t is None else t.detach().half() for t in (layer.weight, layer.bias)]
-    if not all(t is None or bool(t.isfinite().all()) for t in half):
-        raise NetsukeError(
-            f"store {name} as float16", f"weights of {name} reach {float(layer.weight.abs().max()):.3g}", "up to 65504",
-            f"quantize it: per_layer={{{name!r}: 8}}",
-        )  # fmt: skip
-    return Dense(*half)
+    return layer.halved(name)
+
+
+def half(tensors: dict[str, Tensor | None], name: str) -> dict[str, Tensor | None]:
+    """The tensors as float16. Raises NetsukeError, with the map's `name`, for numbers beyond its range."""
+    out = {key: None if t is None else t.detach().half() for key, t in tensors.items()}
+    for key, t in out.items():
+        if t is not None and not bool(t.isfinite().all()):
+            raise NetsukeError(
+                f"store {name} as float16", f"weights of {name} reach {float(tensors[key].abs().max()):.3g}",
+                "up to 65504", f"quantize it: per_layer={{{name!r}: 8}}",
+            )  # fmt: skip
+    return out

@@ -10,9 +10,11 @@ from netsuke.layers.linear import Dense, LinearBase
 
 def kinds() -> dict[str, type[LinearBase]]:
     """kind -> class with `from_spec(spec, outs, ins, bias)`."""
+    from netsuke.layers.lowrank import LowRank
     from netsuke.layers.quantized import QuantLinear
+    from netsuke.layers.sparse import InputSparse
 
-    return {"dense": Dense, "quant": QuantLinear}
+    return {"dense": Dense, "quant": QuantLinear, "lowrank": LowRank, "sparse": InputSparse}
 
 
 def layer_from_spec(spec: Any, outs: int, ins: int, bias: bool) -> LinearBase:
@@ -21,7 +23,7 @@ def layer_from_spec(spec: Any, outs: int, ins: int, bias: bool) -> LinearBase:
     Raises NetsukeError for an unknown kind and for settings that the kind does not have.
     """
     kind = spec.get("kind") if isinstance(spec, dict) else None
-    if kind == "dense":  # the common kind must not need the module of the other
+    if kind == "dense":  # the common kind must not need the modules of the others
         return Dense.from_spec(spec, outs, ins, bias)
     known = kinds()
     if not isinstance(kind, str) or kind not in known:
@@ -29,7 +31,8 @@ def layer_from_spec(spec: Any, outs: int, ins: int, bias: bool) -> LinearBase:
     try:
         return known[kind].from_spec(spec, outs, ins, bias)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-        raise NetsukeError(f"build a {kind} layer", f"settings {spec} ({e})", f"the settings of {kind}") from e
+        found = f"settings {str(spec)[:200]} ({str(e)[:200]})"
+        raise NetsukeError(f"build a {kind} layer", found, f"the settings of {kind}") from e
 
 
 def layer_bytes(spec: dict, outs: int, ins: int, bias: bool) -> int:

@@ -275,8 +275,14 @@ class Llama(nn.Module):
         return self.logits(x[:, -1:] if last_only else x)
 
     def linears(self) -> dict[str, LinearBase]:
-        """All linear maps by name ("embed", "blocks.0.q", …, "head"), in the order of the forward pass."""
-        return {n: m for n, m in self.named_modules() if isinstance(m, LinearBase)}
+        """All linear maps by name ("embed", "blocks.0.q", …, "head"), in the order of the forward pass. The factors that
+        a map is stored as are part of it, not maps of their own."""
+        out: dict[str, LinearBase] = {}
+        inside = "."  # no name starts so
+        for name, module in self.named_modules():  # a map comes right before its factors
+            if isinstance(module, LinearBase) and not name.startswith(inside):
+                out[name], inside = module, f"{name}."
+        return out
 
     def replace(self, name: str, layer: LinearBase) -> None:
         """Swaps the linear map called `name`."""

@@ -1,4 +1,4 @@
-"""Loads a model by what lies at a path: a netsuke artifact, a Hugging Face folder, a llama2.c file, or a shipped name.
+"""Loads a model by what lies at a path: a netsuke artifact, a Hugging Face folder, a llama2.c or GGUF file, or a shipped name.
 
 `describe` reads headers and configs only, for plans that come before anything is loaded; `load` reads weights one
 tensor at a time. Every file is hostile until checked: each refusal is one NetsukeError that names the culprit.
@@ -14,7 +14,9 @@ from typing import Any, Literal
 import msgspec
 
 from netsuke.errors import NetsukeError
-from netsuke.models import hf, llama2c
+from netsuke.layers.linear import LinearBase
+from netsuke.models import gguf, hf, llama2c
+from netsuke.models.gguf_file import is_gguf
 from netsuke.models.llama import Llama, LlamaConfig
 from netsuke.models.save import FORMAT, MANIFEST, SUFFIX, VERSION, WEIGHTS, digest
 from netsuke.models.skeleton import FLOATS, check_config, check_float, check_tensors, fill, skeleton
@@ -22,8 +24,8 @@ from netsuke.models.tokenizer import KINDS, Tokenizer, read_tokenizer
 from netsuke.models.weights import WeightFile, plain_name, read_json, reading, refuse_pickle
 
 SHIPPED = Path(__file__).parents[1] / "weights"
-Kind = Literal["artifact", "hf", "llama2c"]
-ALLOWED = "a netsuke artifact, a Hugging Face folder (config.json and safetensors) or a llama2.c .bin file"
+Kind = Literal["artifact", "hf", "llama2c", "gguf"]
+ALLOWED = "a netsuke artifact, a Hugging Face folder (config.json and safetensors), a .gguf or a llama2.c .bin file"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def find(path_or_name: str | Path) -> tuple[Path, Kind]:
         raise NetsukeError(asked, found, ALLOWED)
     if not path.is_file():
         raise NetsukeError(asked, "this is neither a file nor a folder", ALLOWED)
+    if path.suffix == ".gguf" or is_gguf(path):
+        return path, "gguf"
     if path.suffix == ".bin" and llama2c.header_of(path) is not None:
         return path, "llama2c"
     refuse_pickle(path)
@@ -117,6 +121,8 @@ def load(path_or_name: str | Path, dtype: str | None = None, tokenizer: str | Pa
             tok = opened.tokenizer()
         elif kind == "hf":
             model, tok = hf.load_folder(path, dtype)
+        elif kind == "gguf":
+            model, tok = gguf.load_file(path, dtype)
         else:
             model, tok = llama2c.load_file(path, dtype, Path(tokenizer) if tokenizer else None)
     return Loaded(model, tok, str(path_or_name), kind, manifest)
@@ -138,6 +144,10 @@ def describe(path_or_name: str | Path) -> Described:
             tok = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
             parts = [path / "config.json", *weights.files, *tok]
             return Described(cfg, hf.specs(model, weights), kind, _size(parts), _size(tok))
+        if kind == "gguf":
+            file = gguf.open_file(path)
+            inside = file.tokenizer()  # what an artifact carries for it is a file of another form
+            return Described(file.config, file.specs, kind, _size([path]), len(inside.to_bytes()) if inside else 0)
         found = llama2c.open_checkpoint(path)
         beside = llama2c.tokenizer_path(path, found.config.vocab)
         tok = [beside] if beside else []
@@ -202,10 +212,10 @@ def open_artifact(folder: Path, raw: dict[str, Any], verify: bool) -> OpenArtifa
     check_tensors(
         {n: tuple(t.shape) for n, t in state.items()}, {n: weights.info(n) for n in weights.names()}, weights.path
     )
-    linears = model.linears()
     for name, tensor in state.items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in linears or leaf == "bias":  # norms and biases may be wider than the maps beside them
+        linear = isinstance(model.get_submodule(owner), LinearBase)
+        if not linear or leaf == "bias":  # norms and biases may be wider than the maps beside them
             check_float(name, weights.info(name), weights.path)
         elif weights.info(name).dtype != tensor.dtype:
             found = f"tensor {name!r} is stored as {weights.info(name).dtype}".replace("torch.", "")

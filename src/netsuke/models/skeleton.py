@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from netsuke.errors import NetsukeError
+from netsuke.layers.linear import Dense, LinearBase
 from netsuke.layers.registry import layer_from_spec
 from netsuke.models.llama import Llama, LlamaConfig, rope_table
 from netsuke.models.weights import TensorInfo, check_finite
@@ -88,7 +89,7 @@ def _check_scaling(cfg: LlamaConfig, asked: str) -> None:
 def skeleton(cfg: LlamaConfig, specs: Mapping[str, dict] | None = None, source: str | Path = "model") -> Llama:
     """A Llama whose tensors have shapes and no memory (rotary tables are real); `specs` gives kinds of linear maps.
 
-    Raises NetsukeError when `specs` is not exactly one spec for each linear map.
+    Raises NetsukeError when `specs` is not exactly one spec for each linear map, and for a spec that no map can have.
     """
     with torch.device("meta"):
         model = Llama(cfg)
@@ -100,8 +101,11 @@ def skeleton(cfg: LlamaConfig, specs: Mapping[str, dict] | None = None, source: 
             found = f"layer {name!r} is " + ("missing" if name in linears else "not part of this model")
             raise NetsukeError(f"load {source}", found, "one entry for each linear map")
         for name, old in linears.items():
-            with torch.device("meta"):
-                model.replace(name, layer_from_spec(specs[name], old.outs, old.ins, old.bias is not None))
+            try:
+                with torch.device("meta"):
+                    model.replace(name, layer_from_spec(specs[name], old.outs, old.ins, old.bias is not None))
+            except NetsukeError as e:
+                raise NetsukeError(f"load {source}", f"layer {name!r}: {e.found}", e.allowed, e.attempt) from e
     return model.requires_grad_(False).eval()
 
 
@@ -142,12 +146,13 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def fill(model: Llama, read: Callable[[str], Tensor], dtype: str | None, source: str | Path) -> Llama:
-    """Fills a skeleton with `read(name)` for every name of its state; `dtype` converts dense maps and norms.
+    """Fills a skeleton with `read(name)` for every name of its state; `dtype` converts dense maps, dense factors and
+    norms; maps that are stored otherwise keep what they are.
 
     The shapes must have been checked against the file's header before. Raises NetsukeError for NaN and infinity, by
     name.
     """
-    packed = {name for name, layer in model.linears().items() if layer.spec()["kind"] != "dense"}
+    packed = {n for n, m in model.named_modules() if isinstance(m, LinearBase) and not isinstance(m, Dense)}
     for name in list(model.state_dict()):
         tensor = read(name)
         check_finite(name, tensor, source)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from netsuke.models.llama import LlamaConfig
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+QUANT_PART = 10  # bytes for each weight of a quantized sparse map in work: itself, its scale as stored and as float32
+CHANNEL = 20  # bytes for each input channel that a sparse map chooses from: scores, mask, indices, the chosen part of x
 F32 = 4  # the pass computes in float32 however weights are stored
 WIDENED = 1 << 17  # weights that layers/linear.py and layers/quantized.py widen at a time
 # What loading and the first pass touch beside their tensors: kernels of the torch and BLAS libraries (10 MB of mapped code),
@@ -48,7 +50,8 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear map: its shape and spec, and what follows from them."""
+    """One linear map: its shape and spec, and what follows from them. Transient are the float32 copies of the weights in use;
+    quantized weights pass through unpacked codes of one byte each."""
 
     name: str
     outs: int
@@ -72,21 +75,66 @@ class Layer:
         return layer_bytes(self.spec, self.outs, self.ins, self.bias)
 
     @property
+    def factors(self) -> tuple[Layer, ...]:
+        """The two thin maps inside a low-rank map, or beside a sparse one."""
+        if "rank" not in self.spec:
+            return ()
+        rank, own = self.spec["rank"], self.bias and self.spec["kind"] == "lowrank"
+        return (
+            Layer(f"{self.name}.first", rank, self.ins, False, self.spec["first"]),
+            Layer(f"{self.name}.second", self.outs, rank, own, self.spec["second"]),
+        )
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one row of x; a sparse map reads all channels, as it does in a prompt."""
+        return sum(f.macs for f in self.factors) if self.spec["kind"] == "lowrank" else self.outs * self.ins
+
+    @property
     def plain(self) -> bool:
         """Whether W is used as it lies in memory."""
         return self.spec.get("kind") == "dense" and self.spec["dtype"] == "float32"
 
     @property
-    def rows(self) -> int:
-        """Rows of W in one product."""
-        return self.outs if self.plain else min(self.outs, max(1, WIDENED // self.ins))
+    def float_bytes(self) -> int:
+        """Bytes of one stored weight if it is a float, else 0."""
+        return SIZES[self.spec["dtype"]] if "dtype" in self.spec else 0
 
     @property
-    def widened(self) -> int:
-        """Bytes of the transient float32 rows; quantized rows pass through unpacked codes of one byte each."""
+    def rows(self) -> int:
+        """Rows of W in one product."""
+        if self.spec["kind"] == "lowrank":
+            return max(f.rows for f in self.factors)
+        if self.plain or self.spec["kind"] == "sparse":  # which works on a few inputs of all rows at a time
+            return self.outs
+        return min(self.outs, max(1, WIDENED // self.ins))
+
+    def transient(self, n: int) -> int:
+        """Bytes that the product with n rows of x takes beside x and y."""
+        kind, factors = self.spec["kind"], self.factors
+        if kind == "lowrank":
+            return F32 * n * self.spec["rank"] + max(f.transient(n) for f in factors)
+        if kind == "sparse":
+            part = self.outs * min(self.ins, max(1, WIDENED // self.outs))
+            gathered = part * (F32 if "dtype" in self.spec else QUANT_PART)
+            if n > 1:
+                return 0 if self.spec.get("dtype") == "float32" else gathered
+            thin = F32 * (self.spec["rank"] + self.outs) + max(f.transient(1) for f in factors) if factors else 0
+            return CHANNEL * self.ins + max(gathered, thin)
         if self.plain:
             return 0
-        return self.rows * self.ins * (F32 if self.spec["kind"] == "dense" else F32 + 2)
+        return self.rows * self.ins * (F32 if kind == "dense" else F32 + 2)
+
+    def lookup(self, n: int) -> int:
+        """Bytes that reading n rows of W takes beside them as float32 and as they are passed on."""
+        row = F32 * n * self.ins
+        if self.spec["kind"] == "lowrank":
+            first, second = self.factors
+            whole = 0 if first.plain else F32 * first.outs * first.ins
+            return F32 * n * second.ins + max(second.lookup(n), whole)
+        if self.spec["kind"] == "sparse":
+            return self.transient(max(n, 2))
+        return min(self.transient(n), 2 * row)
 
 
 @dataclass(frozen=True)
@@ -177,8 +225,8 @@ def block_moments(
     x, q, k, v, y, f = row * C, row * H * qk, row * K * qk, row * K * vd, row * H * vd, row * hidden
     turns = F32 * T * qk * (1 if cfg.blocks[i].pairs is None else 1 + H)  # cos and sin
     yield Moment("norm", (x, x, x))
-    yield Moment("q", (x, x, q), (maps["q"].widened,))
-    yield Moment("v", (x, x, q, k, v), (max(maps["k"].widened, maps["v"].widened),))
+    yield Moment("q", (x, x, q), (maps["q"].transient(B * T),))
+    yield Moment("v", (x, x, q, k, v), (max(maps["k"].transient(B * T), maps["v"].transient(B * T)),))
     if q >= k:
         yield Moment("rotation", (x, x, q, k, v, turns, q // 2, q // 2, q))
     else:
@@ -201,10 +249,10 @@ def block_moments(
         if H != K:
             yield Moment("heads together", (*held, out, out), (*seen, *padded, *mask[:1]))
         yield Moment("heads in order", (*held, out, y))
-    yield Moment("o", (x, y, x), (maps["o"].widened,))
-    yield Moment("up", (x, x, x, f, f), (max(maps["gate"].widened, maps["up"].widened),))
+    yield Moment("o", (x, y, x), (maps["o"].transient(B * T),))
+    yield Moment("up", (x, x, x, f, f), (max(maps["gate"].transient(B * T), maps["up"].transient(B * T)),))
     yield Moment("gate times up", (x, x, x, f, f, f))
-    yield Moment("down", (x, x, x, x, f), (maps["down"].widened,))
+    yield Moment("down", (x, x, x, x, f), (maps["down"].transient(B * T),))
 
 
 def pass_moments(
@@ -214,13 +262,13 @@ def pass_moments(
     logits = F32 * B * cfg.vocab
     table = maps["embed"]
     row = F32 * B * T * cfg.width
-    yield Moment("embedding", (row,) if table.plain else (row, row), (min(table.widened, 2 * row),))
+    yield Moment("embedding", (row,) if table.plain else (row, row), (table.lookup(B * T),))
     for i in range(len(cfg.blocks)):
         own = {name: maps[f"blocks.{i}.{name}"] for name in MAPS}
         for m in block_moments(cfg, i, own, B, T, S, kv_bytes, threads):
             # the logits of the pass before are still held
             yield Moment(f"block {i}, {m.name}", (*m.tensors, logits), m.scratch)
-    yield Moment("logits", (row, logits, logits), (maps["embed" if cfg.tied else "head"].widened,))
+    yield Moment("logits", (row, logits, logits), (maps["embed" if cfg.tied else "head"].transient(B),))
 
 
 def passes(context: int, prompt: int, chunk: int) -> list[tuple[int, int]]:
@@ -244,8 +292,8 @@ def loading_peak(maps: dict[str, Layer]) -> tuple[int, str]:
     order = [m for name, m in maps.items() if name != "embed"]
     for m in (maps["embed"], *order):
         total += m.bytes
-        piece = min(m.outs * m.ins, CHECKED) if m.spec.get("kind") == "dense" else 0
-        alive = total + piece * (m.bytes // (m.outs * m.ins) + 2)
+        floats = [part for part in (m, *m.factors) if part.float_bytes]
+        alive = total + max((min(p.outs * p.ins, CHECKED) * (p.float_bytes + 2) for p in floats), default=0)
         if alive > best:
             best, where = alive, m.name
     return best, where
@@ -321,7 +369,7 @@ def work_of(
     read = chunks * (kept + head.bytes) + F32 * batch * seen * sum(cfg.kv_width(i) for i in range(len(cfg.blocks)))
     if not cfg.tied:
         read += min(batch * tokens, cfg.vocab) * maps["embed"].bytes // cfg.vocab
-    macs = tokens * sum(m.outs * m.ins for m in inner) + chunks * head.outs * head.ins + pairs * attention
+    macs = tokens * sum(m.macs for m in inner) + chunks * head.macs + pairs * attention
     return Work(
         macs=batch * macs, bytes_read=read, bits=32, layers=chunks * (OPERATORS[0] * len(cfg.blocks) + OPERATORS[1]),
         ram=inference_plan(cfg, layers, context=max(context, tokens), batch=batch).peak,
