@@ -35,7 +35,7 @@ def options(
     pass
 
 
-PACKAGES = ("devices", "compress")  # verbs that share their name with a folder keep their command in it
+PACKAGES = ("devices", "compress", "export")  # verbs that share their name with a folder keep their command in it
 
 for _verb in VERBS:
     importlib.import_module(f"netsuke.{_verb}.command" if _verb in PACKAGES else f"netsuke.{_verb}").register(app)

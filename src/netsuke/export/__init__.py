@@ -1,0 +1,53 @@
+"""Homes: the forms in which a model leaves netsuke for other programs, one file each, and the verb that writes them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from netsuke.errors import NetsukeError
+from netsuke.verb import verb
+
+
+@dataclass(frozen=True)
+class Home:
+    """A form of export. `module` has `write(loaded, out, bits) -> facts`; `bits` are the widths of weights it can store,
+    the first one is the default."""
+
+    module: str
+    suffix: str
+    bits: tuple[int, ...]
+    what: str
+
+    def writer(self) -> Callable[[Any, Path, int], dict[str, Any]]:
+        return importlib.import_module(self.module).write
+
+
+HOMES = {"gguf": Home("netsuke.export.gguf", ".gguf", (16, 8, 4), "one file for llama.cpp and its relatives")}
+
+
+@verb
+def export(model: str, home: str, *, out: str | None = None, bits: int | None = None) -> dict[str, Any]:
+    """Writes `model` in the form of `home` to `out` (default: the model's name with the home's suffix).
+
+    Returns {model, home, file, bits, bytes, …} with the home's own facts and notes. Raises NetsukeError for an unknown
+    home, a width it does not have, a place that cannot be written to and models it cannot express.
+    """
+    if home not in HOMES:
+        raise NetsukeError(f"export {model}", f"the home {home!r} is unknown", ", ".join(HOMES))
+    row = HOMES[home]
+    bits = row.bits[0] if bits is None else bits
+    if bits not in row.bits:
+        raise NetsukeError(f"export {model} to {home}", f"--bits is {bits}", ", ".join(map(str, row.bits)))
+    path = Path(out) if out else Path(Path(model).stem + row.suffix)
+    path = path if path.suffix == row.suffix else path.with_name(path.name + row.suffix)
+    if path.is_dir() or not path.parent.is_dir():
+        found = f"{path} is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+        raise NetsukeError(f"export {model} to {home}", found, f"a file NAME{row.suffix} in an existing folder")
+    from netsuke.models.load import load
+
+    facts = row.writer()(load(model), path, bits)
+    return {"model": model, "home": home, "file": str(path), "bits": bits, "bytes": path.stat().st_size, **facts}

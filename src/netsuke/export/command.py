@@ -1,0 +1,40 @@
+"""`netsuke export MODEL --home gguf --bits 8 -o out.gguf`: a model in the form that another program runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from netsuke.export import HOMES, export
+
+HOMES_HELP = "; ".join(f"{name}: {home.what}" for name, home in HOMES.items())
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("export", help="Write a model in the form that another program runs.")
+    def command(
+        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c or GGUF file, or 'pycode'")],
+        home: Annotated[str, typer.Option(help=HOMES_HELP)],
+        bits: Annotated[int | None, typer.Option(help="widest weights to store; default: the home's widest")] = None,
+        out: Annotated[str | None, typer.Option("-o", "--out", help="the file to write; default: MODEL's name")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    ) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from netsuke.devices import format_bytes
+
+        note = Console(stderr=True)
+        with note.status(f"writing for {home}"):
+            got = export(model, home, out=out, bits=bits)
+        if as_json:
+            print(json.dumps(got))
+            return
+        table = Table("file", "bytes", *got["types"], "unchanged maps")
+        counts = [str(n) for n in got["types"].values()]
+        table.add_row(got["file"], format_bytes(got["bytes"]), *counts, f"{got['exact']} of {got['maps']}")
+        Console().print(table)
+        for sentence in got["notes"]:
+            note.print(f"note: {sentence}", highlight=False)
