@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from netsuke.errors import NetsukeError
 from netsuke.export.gguf import write
 from netsuke.layers.quantized import QuantLinear
 from netsuke.models.gguf_file import IDS, TYPES, Pending, read_gguf, write_gguf
-from netsuke.models.gguf_tokenizer import HF_KEY, from_metadata
+from netsuke.models.gguf_tokenizer import HF_KEY, QWEN2, from_metadata, to_metadata
 from netsuke.models.llama import Llama, LlamaConfig, RopeScaling, random_llama
 from netsuke.models.load import Loaded, describe, find, load
+from netsuke.models.tokenizer import HFTokenizer
 from tests.models.hostile import tiny_tokenizer
 from tests.tiny import same_state
 
@@ -113,6 +115,40 @@ def test_real_vocabularies_give_the_published_ids(name):
     wrong = [t for t, a, b in zip(texts, got, expected) if a != b]
     assert len(texts) == 46 and not wrong
     assert [tok.decode(ids) for ids in got if name == "gpt-2"] == [t for t in texts if name == "gpt-2"]
+
+
+QWEN_STEPS = [
+    {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+]
+
+
+@pytest.mark.parametrize(
+    "changes, pre, own, notes",
+    [
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}}, "gpt-2", False, 0),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": QWEN_STEPS}}, "qwen2", False, 0),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": QWEN_STEPS}, "normalizer": {"type": "NFC"}}, "qwen2", True, 1),
+        ({}, "dbrx", True, 1),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_split(changes, pre, own, notes):
+    raw = json.loads(tiny_tokenizer().to_bytes()) | changes
+    for step in [raw["pre_tokenizer"], *raw["pre_tokenizer"].get("pretokenizers", [])]:
+        step |= {"trim_offsets": True} if step["type"] == "ByteLevel" else {}
+    tok = HFTokenizer(json.dumps(raw).encode())
+    meta, told = to_metadata(tok, 300, None, (), "export")
+    assert (meta["tokenizer.ggml.pre"], HF_KEY in meta, len(told)) == (pre, own, notes)
+    back = from_metadata(meta, None, (), Path("m.gguf"))
+    for text in ("it's 1234  x\n\n y", "e\u0301", "\t\r\n"):
+        assert back.encode(text) == tok.encode(text)
+
+
+def test_a_tokenizer_of_another_kind_is_not_exported():
+    raw = json.loads(tiny_tokenizer().to_bytes())
+    raw["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    with pytest.raises(NetsukeError, match="not byte-level BPE"):
+        to_metadata(HFTokenizer(json.dumps(raw).encode()), 300, None, (), "export")
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------

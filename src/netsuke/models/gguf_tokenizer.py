@@ -95,18 +95,23 @@ def _byte_level(raw: dict[str, Any], vocab: int, asked: str) -> tuple[dict[str, 
         tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     ignore = bool(model.get("ignore_merges"))
-    name = None if raw.get("normalizer") else next((n for n, known in SPLITS.items() if known == (split, ignore)), None)
+    name = next((n for n, known in SPLITS.items() if known == (split, ignore)), None)
     meta = {
         _key("model"): "gpt2", _key("pre"): name or ("llama-bpe" if ignore else "dbrx"), _key("tokens"): tokens,
         _key("token_type"): kinds, _key("merges"): merges,
     }  # fmt: skip
-    if name is not None:
-        return meta, []
-    meta[HF_KEY] = json.dumps(raw, ensure_ascii=False, separators=(",", ":"))
-    note = (
-        f"llama.cpp has no name for this tokenizer's way to split text; the nearest, {meta[_key('pre')]!r}, cuts some"
-    )
-    return meta, [note + " texts into other tokens (netsuke itself reads the exact tokenizer back)"]
+    differs = []
+    if name is None:
+        differs.append(
+            "llama.cpp has no name for this tokenizer's way to split text; the nearest, "
+            f"{meta[_key('pre')]!r}, cuts some texts into other tokens (netsuke itself reads the exact tokenizer back)"
+        )
+    if raw.get("normalizer"):  # Qwen's NFC changes letters that are written as a base and an accent, nothing else
+        kind = raw["normalizer"].get("type")
+        differs.append(f"llama.cpp does not normalize texts as this tokenizer does ({kind}): rare letters may differ")
+    if differs:
+        meta[HF_KEY] = json.dumps(raw, ensure_ascii=False, separators=(",", ":"))
+    return meta, differs
 
 
 def _scored(tok: ScoredTokenizer, vocab: int) -> dict[str, Any]:
