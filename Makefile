@@ -10,7 +10,7 @@ PROMPT := 'class Stack:\n    """A simple stack."""\n\n    def __init__(self):\n 
 
 .PHONY: demo test lint bench pages clean
 
-.venv/ready: constraints.txt pyproject.toml
+.venv/ready: constraints.txt pyproject.toml $(shell find native -name "*.[ch]" -o -name "*.cpp" -o -name CMakeLists.txt)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'

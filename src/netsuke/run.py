@@ -29,7 +29,8 @@ def run(
         )  # fmt: skip
     from netsuke.models.load import load
     from netsuke.models.tokenizer import Decoder
-    from netsuke.runtime.generate import Timings, generate
+    from netsuke.runtime.generate import generate
+    from netsuke.runtime.timings import Timings
 
     loaded = load(model)
     if loaded.tokenizer is None:

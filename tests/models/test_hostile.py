@@ -7,8 +7,8 @@ import os
 import pytest
 
 from netsuke.errors import NetsukeError
+from netsuke.models.files import plain_name
 from netsuke.models.load import describe, load
-from netsuke.models.weights import plain_name
 from tests.models import hostile
 
 # What only the tensors' values or the files' bodies reveal: describe reads neither.

@@ -45,7 +45,7 @@ def test_a_width_that_looks_like_a_pickle_is_no_pickle(tmp_path):
     """A width of 640 begins with the bytes 80 02, as pickles of protocol 2 do."""
     import struct
 
-    from netsuke.models.weights import is_pickled
+    from netsuke.models.files import is_pickled
 
     (tmp_path / "a.bin").write_bytes(struct.pack("<7i", 640, 1, 1, 1, 1, 3, 1))
     assert not is_pickled(tmp_path / "a.bin")

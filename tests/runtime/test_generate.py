@@ -6,7 +6,8 @@ import torch
 from netsuke.errors import NetsukeError
 from netsuke.models.llama import random_llama
 from netsuke.runtime import generate as module
-from netsuke.runtime.generate import Timings, generate, pick
+from netsuke.runtime.generate import generate, pick
+from netsuke.runtime.timings import Timings
 from tests.models.hostile import tiny_config
 
 

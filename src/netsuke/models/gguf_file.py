@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from netsuke.errors import NetsukeError
-from netsuke.models.weights import read_bytes, reading, write_atomically
+from netsuke.models.files import reading, write_atomically
+from netsuke.models.weights import read_bytes
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 LARGEST_HEADER = 300_000_000  # bytes; a vocabulary of 256 thousand tokens with its merges takes about 10 million

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from netsuke.errors import NetsukeError
+from netsuke.models.files import PICKLE, read_json
 from netsuke.models.llama import Llama, LlamaConfig, RopeScaling
 from netsuke.models.skeleton import LIMITS, check_config, check_float, check_tensors, fill, skeleton
 from netsuke.models.tokenizer import Tokenizer, read_tokenizer
-from netsuke.models.weights import PICKLE, WeightFile, read_json
+from netsuke.models.weights import WeightFile
 
 # What transformers assumes for absent keys: context, window, biases of q/k/v and of o ("asked": by attention_bias).
 FAMILIES: dict[str, dict[str, Any]] = {

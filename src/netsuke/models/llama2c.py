@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from netsuke.errors import NetsukeError
+from netsuke.models.files import reading
 from netsuke.models.llama import Llama, LlamaConfig
 from netsuke.models.skeleton import LIMITS, check_config, fill, skeleton
 from netsuke.models.tokenizer import Tokenizer, read_tokenizer
-from netsuke.models.weights import read_bytes, reading
+from netsuke.models.weights import read_bytes
 
 HEADER = struct.Struct("<7i")
 FIELDS = ("width", "hidden", "layers", "heads", "kv_heads", "vocab", "context")

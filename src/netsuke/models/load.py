@@ -16,14 +16,14 @@ import msgspec
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import LinearBase
 from netsuke.models import gguf, hf, llama2c
+from netsuke.models.files import plain_name, read_json, reading, refuse_pickle
 from netsuke.models.gguf_file import is_gguf
 from netsuke.models.llama import Llama, LlamaConfig
-from netsuke.models.save import FORMAT, MANIFEST, SUFFIX, VERSION, WEIGHTS, digest
+from netsuke.models.places import FORMAT, MANIFEST, SHIPPED, SUFFIX, VERSION, WEIGHTS, digest
 from netsuke.models.skeleton import FLOATS, check_config, check_float, check_tensors, fill, skeleton
 from netsuke.models.tokenizer import KINDS, Tokenizer, read_tokenizer
-from netsuke.models.weights import WeightFile, plain_name, read_json, reading, refuse_pickle
+from netsuke.models.weights import WeightFile
 
-SHIPPED = Path(__file__).parents[1] / "weights"
 Kind = Literal["artifact", "hf", "llama2c", "gguf"]
 ALLOWED = "a netsuke artifact, a Hugging Face folder (config.json and safetensors), a .gguf or a llama2.c .bin file"
 

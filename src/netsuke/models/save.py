@@ -11,7 +11,6 @@ All is written into a hidden folder beside the target, flushed to the disk, and 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -23,18 +22,11 @@ from typing import Any
 import msgspec
 
 from netsuke.errors import NetsukeError
+from netsuke.models.files import plain_name
 from netsuke.models.llama import Llama
+from netsuke.models.places import FORMAT, MANIFEST, SUFFIX, VERSION, WEIGHTS, digest
 from netsuke.models.tokenizer import Tokenizer
-from netsuke.models.weights import check_finite, plain_name, write_safetensors
-
-FORMAT, VERSION, SUFFIX = "netsuke", 1, ".netsuke"
-MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+from netsuke.models.weights import check_finite, write_safetensors
 
 
 def is_artifact(folder: Path) -> bool:

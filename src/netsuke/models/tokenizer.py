@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from netsuke.errors import NetsukeError
-from netsuke.models.weights import LARGEST_JSON, reading
+from netsuke.models.files import LARGEST_JSON, reading
 
 LONGEST_PIECE = 4096  # bytes; the longest piece of the known vocabularies has under 200
 

@@ -9,32 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from netsuke.errors import NetsukeError
 from netsuke.models.llama import KVCache, Llama
+from netsuke.runtime.timings import Timings
 
 PREFILL_CHUNK = 256  # bounds the activations of a long prompt; larger chunks are hardly faster on a CPU
-
-
-@dataclass
-class Timings:
-    """Seconds; filled while `generate` runs."""
-
-    prompt_tokens: int = 0
-    first_token: float = 0.0
-    new_tokens: int = 0
-    decode: float = 0.0
-
-    def as_dict(self) -> dict:
-        rate = (self.new_tokens - 1) / self.decode if self.decode > 0 else None
-        return {
-            "prompt_tokens": self.prompt_tokens, "first_token_seconds": self.first_token,
-            "new_tokens": self.new_tokens, "decode_seconds": self.decode, "tokens_per_second": rate,
-        }  # fmt: skip
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> int:

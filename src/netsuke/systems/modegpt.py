@@ -58,7 +58,8 @@ from netsuke.errors import NetsukeError
 from netsuke.models.llama import Block, Llama, LlamaConfig, random_llama
 from netsuke.models.load import find
 from netsuke.models.save import WEIGHTS, save_artifact
-from netsuke.runtime.generate import Timings, generate
+from netsuke.runtime.generate import generate
+from netsuke.runtime.timings import Timings
 from netsuke.systems.modegpt_cases import (
     STORIES,
     STORIES_FILES,

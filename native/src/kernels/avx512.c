@@ -1,0 +1,365 @@
+/* AVX-512 with VNNI and VBMI. Float kernels come from float.inc.h; here is what the compiler cannot find by itself: products of
+ * packed codes with int8 activations.
+ *
+ * Few tokens: sixteen rows go through one block of inputs at a time. Codes are unpacked into registers, multiplied by every
+ * token, and sixteen partial sums per row are folded by a tree into one register that holds one integer per row.
+ * Many tokens: codes are unpacked once into a tile whose registers hold four inputs of sixteen rows, and a token's four inputs
+ * are broadcast against it.
+ */
+#ifdef __x86_64__
+#define NS_AVX512
+#include "float.inc.h"
+#include "int.inc.h"
+
+
+static inline __attribute__((always_inline)) void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  UNROLL(8) for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  UNROLL(4) for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  UNROLL(4) for (int i = 0; i < 4; i++) {
+    __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    __m512i c = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(a, b, 0x88);
+    t[8 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[4 + i] = _mm512_shuffle_i32x4(c, d, 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+  UNROLL(16) for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+/* Sums within groups of four lanes: lane 4 i + j of the result is the sum of lanes 4 i … 4 i + 3 of p[j]. */
+INLINE __m512i fold4(const __m512i p[4]) {
+  __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1]));
+  __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+INLINE __m512i fold2(__m512i a, __m512i b) { /* adds neighbouring groups of four lanes */
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+/* 64 codes in order, one byte each, from `bits` * 8 bytes. */
+INLINE __m512i codes64(const uint8_t *p, int bits) {
+  if (bits == 8) return _mm512_loadu_si512(p);
+  if (bits == 4) {
+    __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), _mm512_set1_epi8(15));
+  }
+  if (bits == 2) {
+    __m512i v = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0e0c0a0806040200), v), _mm512_set1_epi8(3));
+  }
+  const __m512i spread = _mm512_set_epi64(0x0000000000171615, 0x0000000000141312, 0x000000000011100f,
+                                          0x00000000000e0d0c, 0x00000000000b0a09, 0x0000000000080706, 0x0000000000050403,
+                                          0x0000000000020100);
+  __m512i v = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(0xffffff, p));
+  v = _mm512_permutexvar_epi8(spread, v);
+  return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x15120f0c09060300), v), _mm512_set1_epi8(7));
+}
+
+/* Scales (floats) and zero points (integers) of 16 rows, transposed to (group, 16). */
+static void transpose_scales(const ns_linear *l, int row, int rows, float *scales, int32_t *zeros) {
+  for (int g = 0; g < l->groups; g += 16) {
+    __mmask16 mask = l->groups - g < 16 ? (__mmask16)((1u << (l->groups - g)) - 1) : 0xffff;
+    __m512i s[16], z[16];
+    UNROLL(16) for (int r = 0; r < 16; r++) {
+      size_t at = (size_t)(row + (r < rows ? r : rows - 1)) * (size_t)l->groups + (size_t)g;
+      s[r] = _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, l->scales + at)));
+    }
+    transpose16(s);
+    UNROLL(16) for (int i = 0; i < 16; i++) _mm512_storeu_si512(scales + (g + i) * 16, s[i]);
+    UNROLL(16) for (int r = 0; r < 16; r++) {
+      size_t at = (size_t)(row + (r < rows ? r : rows - 1)) * (size_t)l->groups + (size_t)g;
+      z[r] = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, l->zeros + at));
+    }
+    transpose16(z);
+    UNROLL(16) for (int i = 0; i < 16; i++) _mm512_storeu_si512(zeros + (g + i) * 16, z[i]);
+  }
+}
+
+/* One block of inputs for 16 rows and M tokens: dots[m] holds the integer sums, one lane per row.
+ * p: the rows' codes of this block; at: byte offset of the block in the activations. */
+INLINE void block_dots(const uint8_t *const *p, size_t skip, int bits, int block, const ns_act *x, size_t at, int M, __m512i *dots) {
+  size_t stride = (size_t)x->stride;
+  const __m512i zero = _mm512_setzero_si512(), low = _mm512_set1_epi8(bits == 4 ? 15 : 3);
+  if (bits == 4 && block == 64) {
+    __m512i lo[8], hi[8], s[8];
+    UNROLL(8) for (int j = 0; j < 8; j++) {
+      int a = j < 4 ? j : j + 4; /* this order lets the folds end in row order */
+      __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(p[a] + skip))),
+                                     _mm256_loadu_si256((const __m256i *)(p[a + 4] + skip)), 1);
+      lo[j] = _mm512_and_si512(v, low);
+      hi[j] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+    }
+    UNROLL(4) for (int m = 0; m < M; m++) {
+      const int8_t *q = x->split + (size_t)m * stride + at;
+      __m512i even = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)q));
+      __m512i odd = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(q + 32)));
+      UNROLL(8) for (int j = 0; j < 8; j++) s[j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, lo[j], even), hi[j], odd);
+      dots[m] = fold2(fold4(s), fold4(s + 4));
+    }
+  } else if (bits == 8 && block == 32) {
+    __m512i w[8], s[8];
+    UNROLL(8) for (int j = 0; j < 8; j++) {
+      int a = j < 4 ? j : j + 4;
+      w[j] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(p[a] + skip))),
+                                _mm256_loadu_si256((const __m256i *)(p[a + 4] + skip)), 1);
+    }
+    UNROLL(4) for (int m = 0; m < M; m++) {
+      __m512i q = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(x->natural + (size_t)m * stride + at)));
+      UNROLL(8) for (int j = 0; j < 8; j++) s[j] = _mm512_dpbusd_epi32(zero, w[j], q);
+      dots[m] = fold2(fold4(s), fold4(s + 4));
+    }
+  } else if (bits == 4 || bits == 2) { /* 16 bytes a row: 4 bits and blocks of 32, 2 bits and blocks of 64 */
+    __m512i w[4], s[4];
+    UNROLL(4) for (int j = 0; j < 4; j++) {
+      __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(p[j] + skip)));
+      v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p[4 + j] + skip)), 1);
+      v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p[8 + j] + skip)), 2);
+      w[j] = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p[12 + j] + skip)), 3);
+    }
+    const int8_t *base = bits == 4 ? x->split : x->split2;
+    UNROLL(4) for (int m = 0; m < M; m++) {
+      const int8_t *q = base + (size_t)m * stride + at;
+      UNROLL(4) for (int j = 0; j < 4; j++) s[j] = zero;
+      UNROLL(4) for (int phase = 0; phase < 8 / bits; phase++) {
+        __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(q + 16 * phase)));
+        UNROLL(4) for (int j = 0; j < 4; j++) s[j] =
+            _mm512_dpbusd_epi32(s[j], _mm512_and_si512(_mm512_srli_epi16(w[j], (unsigned)(phase * bits)), low), v);
+      }
+      dots[m] = fold4(s);
+    }
+  } else { /* 8 or 3 bits, 64 inputs: a register per row */
+    __m512i w[16], s[16];
+    UNROLL(16) for (int j = 0; j < 16; j++) w[j] = codes64(p[j] + skip, bits);
+    UNROLL(4) for (int m = 0; m < M; m++) {
+      __m512i q = _mm512_loadu_si512(x->natural + (size_t)m * stride + at);
+      UNROLL(16) for (int j = 0; j < 16; j++) s[j] = _mm512_dpbusd_epi32(zero, w[j], q);
+      dots[m] = fold2(fold2(fold4(s), fold4(s + 4)), fold2(fold4(s + 8), fold4(s + 12)));
+    }
+  }
+}
+
+INLINE void few_panel(const ns_linear *l, int row, int rows, const ns_act *x, int bits, int block, int M, float *out, void *scratch) {
+  const uint8_t *p[16], *t[16];
+  uint8_t tail[16][64];
+  float *scales = scratch;
+  int32_t *zeros = (int32_t *)(scales + (size_t)(l->groups + 15) / 16 * 256);
+  size_t step = (size_t)(bits * block / 8), panel = l->row_bytes * 16;
+  for (int r = 0; r < 16; r++) p[r] = l->codes + (size_t)(row + (r < rows ? r : rows - 1)) * l->row_bytes;
+  transpose_scales(l, row, rows, scales, zeros);
+  __m512 acc[4];
+  UNROLL(4) for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+  int whole = l->ins / block, per = l->group / block, left = per, g = 0;
+  if (per < 1) per = left = 1;
+  const char *ahead = (const char *)p[0] + panel;
+  for (int b = 0; b < x->blocks; b++) {
+    __m512i dots[4];
+    for (size_t i = 0; i < step * 16; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+    ahead += step * 16;
+    if (b < whole) {
+      block_dots(p, (size_t)b * step, bits, block, x, (size_t)b * (size_t)block, M, dots);
+    } else { /* what the rows hold of the last block, filled up with zeros */
+      memset(tail, 0, sizeof tail);
+      for (int r = 0; r < 16; r++) {
+        memcpy(tail[r], p[r] + (size_t)b * step, l->row_bytes - (size_t)b * step);
+        t[r] = tail[r];
+      }
+      block_dots(t, 0, bits, block, x, (size_t)b * (size_t)block, M, dots);
+    }
+    __m512 scale = _mm512_loadu_ps(scales + g * 16);
+    __m512i zero = _mm512_loadu_si512(zeros + g * 16);
+    UNROLL(4) for (int m = 0; m < M; m++) {
+      size_t at = (size_t)m * (size_t)x->blocks + (size_t)b;
+      __m512i d = _mm512_sub_epi32(dots[m], _mm512_mullo_epi32(zero, _mm512_set1_epi32(x->sum[at])));
+      acc[m] = _mm512_add_ps(acc[m], _mm512_mul_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(scale, _mm512_set1_ps(x->scale[at]))));
+    }
+    if (!--left) left = per, g++;
+  }
+  UNROLL(4) for (int m = 0; m < M; m++) _mm512_storeu_ps(out + 16 * m, acc[m]);
+}
+
+/* Four, two or one token at a time: a panel read again comes from the first-level cache. */
+#define FEW(name, bits, block)                                                                                 \
+  static void name(const ns_linear *l, int row, int rows, const ns_act *x, int M, float *out, void *scratch) { \
+    ns_act part = *x;                                                                                          \
+    for (int m = 0, n; m < M; m += n) {                                                                        \
+      n = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;                                                                 \
+      if (n == 4) few_panel(l, row, rows, &part, bits, block, 4, out + 16 * m, scratch);                       \
+      else if (n == 2) few_panel(l, row, rows, &part, bits, block, 2, out + 16 * m, scratch);                  \
+      else few_panel(l, row, rows, &part, bits, block, 1, out + 16 * m, scratch);                              \
+      part.natural += (size_t)n * (size_t)x->stride;                                                           \
+      part.split += part.split ? (size_t)n * (size_t)x->stride : 0;                                            \
+      part.split2 += part.split2 ? (size_t)n * (size_t)x->stride : 0;                                          \
+      part.scale += (size_t)n * (size_t)x->blocks;                                                             \
+      part.sum += (size_t)n * (size_t)x->blocks;                                                               \
+    }                                                                                                          \
+  }
+FEW(few_8_64, 8, 64)
+FEW(few_4_64, 4, 64)
+FEW(few_3_64, 3, 64)
+FEW(few_2_64, 2, 64)
+FEW(few_8_32, 8, 32)
+FEW(few_4_32, 4, 32)
+#undef FEW
+
+static void few(const ns_linear *l, int row, int rows, const ns_act *x, int M, float *out, void *scratch) {
+  if (l->block == 64) {
+    if (l->bits == 8) few_8_64(l, row, rows, x, M, out, scratch);
+    else if (l->bits == 4) few_4_64(l, row, rows, x, M, out, scratch);
+    else if (l->bits == 3) few_3_64(l, row, rows, x, M, out, scratch);
+    else few_2_64(l, row, rows, x, M, out, scratch);
+  } else if (l->block == 32 && l->bits == 8) {
+    few_8_32(l, row, rows, x, M, out, scratch);
+  } else if (l->block == 32 && l->bits == 4) {
+    few_4_32(l, row, rows, x, M, out, scratch);
+  } else {
+    quant_few(l, row, rows, x, M, out);
+  }
+}
+
+/* Many tokens. A tile holds for each block of 64 or 32 inputs: 2 panels of (code - zero) as (inputs / 4, 16 rows, 4), then
+ * -128 times their sums (2, 16), scales (2, 16) and, for 8 bits, 128 - zero (2, 16): activations are taken as q + 128, unsigned.
+ * With 8 bits code - zero needs nine bits, so code - 128 is packed and the rest is added back with the sum of the activations. */
+INLINE size_t tile_step(int block) { return (size_t)block * 32 + 3 * 128; }
+
+INLINE void pack_block(const ns_linear *l, const uint8_t *const *p, size_t skip, size_t bytes, int valid, int block, const int32_t *zeros,
+                       uint8_t *to, int panel) {
+  __m512i w[16], sum = _mm512_setzero_si512();
+  __mmask64 inside = valid >= 64 ? ~0ull : (1ull << valid) - 1;
+  UNROLL(16) for (int r = 0; r < 16; r++) {
+    uint8_t copy[64] = {0};
+    const uint8_t *from = p[r] + skip;
+    if (bytes < (size_t)l->bits * 8) memcpy(copy, from, bytes), from = copy;
+    __m512i zero = _mm512_set1_epi8(l->bits == 8 ? (char)-128 : (char)zeros[r]);
+    w[r] = _mm512_maskz_sub_epi8(inside, codes64(from, l->bits), zero);
+  }
+  transpose16(w);
+  uint8_t *tile = to + (size_t)panel * (size_t)block * 16;
+  UNROLL(16) for (int j = 0; j < 16; j++) {
+    if (4 * j >= block) break;
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), w[j]);
+    _mm512_storeu_si512(tile + 64 * j, w[j]);
+  }
+  _mm512_storeu_si512(to + (size_t)block * 32 + 64 * panel, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7));
+}
+
+static void pack(const ns_linear *l, int row, int rows, void *to) {
+  if (l->kind == NS_SPARSE || (l->block != 64 && l->block != 32)) {
+    quant_pack(l, row, rows, to);
+    return;
+  }
+  int block = l->block, blocks = (l->ins + block - 1) / block, per = l->group < block ? 1 : l->group / block;
+  size_t step = (size_t)(l->bits * block / 8);
+  for (int panel = 0; panel < 2; panel++) {
+    const uint8_t *p[16];
+    size_t at[16];
+    for (int r = 0; r < 16; r++) {
+      int from = 16 * panel + r < rows ? row + 16 * panel + r : row + rows - 1;
+      p[r] = l->codes + (size_t)from * l->row_bytes;
+      at[r] = (size_t)from * (size_t)l->groups;
+    }
+    for (int b = 0; b < blocks; b++) {
+      uint8_t *tile = (uint8_t *)to + (size_t)b * tile_step(block);
+      int32_t zeros[16], rest[16];
+      float scales[16];
+      for (int r = 0; r < 16; r++) {
+        zeros[r] = l->zeros[at[r] + (size_t)(b / per)];
+        scales[r] = ns_half_to_float(l->scales[at[r] + (size_t)(b / per)]);
+        rest[r] = 128 - zeros[r];
+      }
+      int valid = l->ins - b * block < block ? l->ins - b * block : block;
+      pack_block(l, p, (size_t)b * step, l->row_bytes - (size_t)b * step, valid, block, zeros, tile, panel);
+      memcpy(tile + (size_t)block * 32 + 128 + 64 * panel, scales, 64);
+      memcpy(tile + (size_t)block * 32 + 256 + 64 * panel, rest, 64);
+    }
+  }
+}
+
+INLINE void many_tokens(const uint8_t *tile, const ns_act *x, int block, int wide, int m, int N, float *out) {
+  __m512 acc[2][6];
+  const int8_t *q[6];
+  UNROLL(6) for (int n = 0; n < N; n++) {
+    acc[0][n] = acc[1][n] = _mm512_setzero_ps();
+    q[n] = x->natural + (size_t)(m + n) * (size_t)x->stride;
+  }
+  for (int b = 0; b < x->blocks; b++, tile += tile_step(block)) {
+    const uint8_t *facts = tile + (size_t)block * 32;
+    __m512i sum[2][6];
+    __m512i start0 = _mm512_loadu_si512(facts), start1 = _mm512_loadu_si512(facts + 64);
+    UNROLL(6) for (int n = 0; n < N; n++) sum[0][n] = start0, sum[1][n] = start1;
+    for (int j = 0; j < block / 4; j++) {
+      __m512i w0 = _mm512_loadu_si512(tile + 64 * j), w1 = _mm512_loadu_si512(tile + block * 16 + 64 * j);
+      UNROLL(6) for (int n = 0; n < N; n++) {
+        int32_t four;
+        memcpy(&four, q[n] + b * block + 4 * j, 4);
+        __m512i v = _mm512_set1_epi32(four);
+        sum[0][n] = _mm512_dpbusd_epi32(sum[0][n], v, w0);
+        sum[1][n] = _mm512_dpbusd_epi32(sum[1][n], v, w1);
+      }
+    }
+    __m512 s0 = _mm512_loadu_ps((const float *)(facts + 128)), s1 = _mm512_loadu_ps((const float *)(facts + 192));
+    UNROLL(6) for (int n = 0; n < N; n++) {
+      size_t at = (size_t)(m + n) * (size_t)x->blocks + (size_t)b;
+      __m512 xs = _mm512_set1_ps(x->scale[at]);
+      if (wide) {
+        __m512i total = _mm512_set1_epi32(x->sum[at]);
+        sum[0][n] = _mm512_add_epi32(sum[0][n], _mm512_mullo_epi32(total, _mm512_loadu_si512(facts + 256)));
+        sum[1][n] = _mm512_add_epi32(sum[1][n], _mm512_mullo_epi32(total, _mm512_loadu_si512(facts + 320)));
+      }
+      acc[0][n] = _mm512_add_ps(acc[0][n], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[0][n]), _mm512_mul_ps(s0, xs)));
+      acc[1][n] = _mm512_add_ps(acc[1][n], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[1][n]), _mm512_mul_ps(s1, xs)));
+    }
+  }
+  UNROLL(6) for (int n = 0; n < N; n++) {
+    _mm512_storeu_ps(out + (m + n) * 32, acc[0][n]);
+    _mm512_storeu_ps(out + (m + n) * 32 + 16, acc[1][n]);
+  }
+}
+
+#define MANY(name, block, wide)                                                        \
+  static void name(const uint8_t *tile, const ns_act *x, int M, float *out) {          \
+    int m = 0;                                                                         \
+    for (; m + 6 <= M; m += 6) many_tokens(tile, x, block, wide, m, 6, out);           \
+    switch (M - m) {                                                                   \
+      case 5: many_tokens(tile, x, block, wide, m, 5, out); break;                     \
+      case 4: many_tokens(tile, x, block, wide, m, 4, out); break;                     \
+      case 3: many_tokens(tile, x, block, wide, m, 3, out); break;                     \
+      case 2: many_tokens(tile, x, block, wide, m, 2, out); break;                     \
+      case 1: many_tokens(tile, x, block, wide, m, 1, out); break;                     \
+    }                                                                                  \
+  }
+MANY(many_64, 64, 0)
+MANY(many_64_wide, 64, 1)
+MANY(many_32, 32, 0)
+MANY(many_32_wide, 32, 1)
+#undef MANY
+
+static void many(const ns_linear *l, const void *tile, const ns_act *x, int M, float *out) {
+  int wide = l->bits == 8;
+  if (l->kind == NS_SPARSE || (l->block != 64 && l->block != 32)) quant_many(l, tile, x, M, out);
+  else if (l->block == 64) (wide ? many_64_wide : many_64)(tile, x, M, out);
+  else (wide ? many_32_wide : many_32)(tile, x, M, out);
+}
+
+static double int8_burst(long steps) {
+  __m512i acc[12], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
+  for (int i = 0; i < 12; i++) acc[i] = _mm512_set1_epi32(i);
+  for (long s = 0; s < steps; s++) {
+    UNROLL(12) for (int i = 0; i < 12; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
+    __asm__ volatile("" : "+v"(a), "+v"(b)); /* keeps the loop from being folded */
+  }
+  for (int i = 1; i < 12; i++) acc[0] = _mm512_add_epi32(acc[0], acc[i]);
+  return (double)steps * 12 * 64 + (_mm512_reduce_add_epi32(acc[0]) == 12345 ? 1e-9 : 0);
+}
+
+const ns_kernels ns_avx512 = {"avx512", few,     pack,   many,   dense, sparse_dense, sparse_quant, quantize,
+                              rmsnorm,  silu_mul, rotate, kv_store, attend, row,      int8_burst};
+#endif

@@ -1,0 +1,78 @@
+/* The two limits of a machine that an engine works against: how fast it reads memory, how fast it multiplies bytes. */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include "kernels/kernels.h"
+#include "threads.h"
+
+typedef struct {
+  const ns_kernels *k;
+  const uint64_t *data;
+  size_t words;
+  int threads;
+  uint64_t sums[NS_MOST_THREADS * 8];
+  double work[NS_MOST_THREADS];
+} rates;
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* A page behind another is read ahead of the sum: what a kernel that knows its weights can do. */
+static void read_job(void *argument, int id) {
+  rates *r = argument;
+  size_t part = r->words / (size_t)r->threads / 64 * 64;
+  const uint64_t *p = r->data + part * (size_t)id;
+  uint64_t s[8] = {0};
+  for (size_t i = 0; i < part; i += 64) {
+    for (int j = 0; j < 64; j += 8) __builtin_prefetch(p + i + 1024 + j);
+    for (int j = 0; j < 64; j += 8)
+      for (int l = 0; l < 8; l++) s[l] |= p[i + (size_t)(j + l)];
+  }
+  for (int l = 0; l < 8; l++) r->sums[id * 8] |= s[l];
+}
+
+double ns_read_rate(size_t bytes, int threads, double seconds) {
+  rates r = {.threads = threads, .words = bytes / 8};
+  ns_pool pool;
+  void *data = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED || ns_pool_open(&pool, threads)) return 0;
+  memset(data, 1, bytes);
+  r.data = data;
+  double best = 0, begin = now();
+  for (int round = 0; round < 3 || now() - begin < seconds; round++) {
+    double start = now();
+    ns_pool_run(&pool, read_job, &r);
+    double rate = (double)bytes / (now() - start);
+    best = rate > best ? rate : best;
+  }
+  ns_pool_close(&pool);
+  munmap(data, bytes);
+  return best;
+}
+
+static void burst_job(void *argument, int id) {
+  rates *r = argument;
+  r->work[id] = r->k->int8_burst(200000);
+}
+
+double ns_int8_rate(int threads, double seconds) {
+  rates r = {.threads = threads, .k = ns_kernels_named(NULL)};
+  ns_pool pool;
+  if (ns_pool_open(&pool, threads)) return 0;
+  double best = 0, begin = now();
+  for (int round = 0; round < 3 || now() - begin < seconds; round++) {
+    double start = now(), work = 0;
+    ns_pool_run(&pool, burst_job, &r);
+    double spent = now() - start;
+    for (int i = 0; i < threads; i++) work += r.work[i];
+    best = work / spent > best ? work / spent : best;
+  }
+  ns_pool_close(&pool);
+  return best;
+}
