@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx2
 import openai
@@ -382,3 +384,36 @@ def test_a_missing_extra_is_named():
     assert done.returncode == 2
     assert "netsuke[serve]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_real_engine_answers_as_it_does_alone():
+    """pycode through the command, in a process of its own: without torch, and gone after SIGTERM with exit code 0."""
+    from netsuke.runtime.engine import Engine, generate
+
+    prompts = [f"def f{i}(x):\n    " for i in range(8)]
+    engine = Engine.open("pycode", threads=1)
+    tok = engine.tokenizer
+    alone = [tok.decode(list(generate(engine, tok.encode(p, bos=True), 24))) for p in prompts]
+    engine.close()
+    command = [sys.executable, "-m", "netsuke", "serve", "pycode", "--port", "0", "--json", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            where = json.loads(server.stdout.readline())
+            client = openai.OpenAI(base_url=where["url"] + "/v1", api_key="none", max_retries=0, timeout=60)
+
+            def ask(prompt: str) -> str:
+                got = client.completions.create(model="pycode", prompt=prompt, max_tokens=24, temperature=0)
+                return got.choices[0].text
+
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                assert list(pool.map(ask, prompts)) == alone
+            sampled = {"model": "pycode", "prompt": "import ", "max_tokens": 24, "temperature": 0.9, "seed": 5}
+            whole = client.completions.create(**sampled).choices[0].text
+            parts = [c.choices[0].text for c in client.completions.create(**sampled, stream=True)]
+            assert "".join(parts) == whole
+            if sys.platform == "linux":
+                assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert json.loads(server.stdout.read())["requests"] == 10

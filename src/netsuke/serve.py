@@ -53,7 +53,8 @@ def serve(
                 raise NetsukeError(f"serve {model}", "the model has no tokenizer", "a model with its tokenizer")
             folder = Path(model) if Path(model).is_dir() else None
             chat = Chat.find(engine.tokenizer, folder, Path(chat_template) if chat_template else None)
-            batcher = Batcher(engine, queue)
+            layers = engine.manifest["layers"].values()
+            batcher = Batcher(engine, queue, reuse_answers=all(spec["kind"] != "sparse" for spec in layers))
             try:
                 name = Path(model).resolve().name.removesuffix(".netsuke")
                 api = Api(batcher, engine.tokenizer, chat, name, Sampler, answer_seconds=timeout)

@@ -16,6 +16,7 @@ import numpy as np
 from netsuke.models.tokenizer import Tokenizer
 
 BOS, EOS, VOCAB = 256, 257, 258
+SPARSE = 1000  # added to a token that an input-sparse engine evaluates as its own answer
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", np.uint8)
 
 
@@ -36,8 +37,8 @@ class Bytes(Tokenizer):
 
 
 def logits_after(tokens: Sequence[int]) -> np.ndarray:
-    """(V,) float32, a function of all the tokens."""
-    raw = bytes(t for t in tokens if t < 256)
+    """(V,) float32, a function of all the tokens, and of which of them carry the mark `SPARSE`."""
+    raw = bytes(t % SPARSE for t in tokens if t % SPARSE < 256)
     out = np.full(VOCAB, -40, np.float32)
     if raw.startswith(b"say|"):
         script, said = raw.split(b"|", 2)[1:]
@@ -50,11 +51,11 @@ def logits_after(tokens: Sequence[int]) -> np.ndarray:
 
 class StandIn:
     """Meets the contract of netsuke.runtime.engine.Engine and checks that its caller does. `gate` holds up the steps;
-    `batches` keeps [(slot, rows), …] of each."""
+    `batches` keeps [(slot, rows), …] of each. `sparse`: as an input-sparse model, it sees which tokens were its own."""
 
-    def __init__(self, slots: int = 4, context: int = 256, chunk: int = 32, step: float = 0.0):
+    def __init__(self, slots: int = 4, context: int = 256, chunk: int = 32, step: float = 0.0, sparse: bool = False):
         self.vocab, self.context, self.slots, self.chunk, self.bos, self.eos = VOCAB, context, slots, chunk, BOS, (EOS,)
-        self.tokenizer, self._step = Bytes(), step
+        self.tokenizer, self._step, self._sparse = Bytes(), step, sparse
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self._lock = threading.Lock()
         self.gate = threading.Event()
@@ -63,7 +64,9 @@ class StandIn:
         self.copies: list[tuple[int, int, int]] = []
         self.fail_next = False
 
-    def forward(self, tokens: Sequence[int], slots: Sequence[int], want: Sequence[bool] | None = None) -> np.ndarray:
+    def forward(
+        self, tokens: Sequence[int], slots: Sequence[int], want: Sequence[bool], generated: Sequence[bool]
+    ) -> np.ndarray:
         assert self._lock.acquire(blocking=False), "two callers at a time"
         try:
             self.gate.wait(10)
@@ -71,13 +74,13 @@ class StandIn:
             if self.fail_next:
                 self.fail_next = False
                 raise RuntimeError("made to fail")
-            assert 0 < len(tokens) == len(slots) == len(want) <= self.chunk
+            assert 0 < len(tokens) == len(slots) == len(want) == len(generated) <= self.chunk
             order = [s for i, s in enumerate(slots) if i == 0 or slots[i - 1] != s]
             assert len(order) == len(set(order)), "rows of a slot must be adjacent"
             self.batches.append([(s, list(slots).count(s)) for s in order])
             out = []
-            for token, slot, wanted in zip(tokens, slots, want):
-                self._held[slot].append(token)
+            for token, slot, wanted, own in zip(tokens, slots, want, generated):
+                self._held[slot].append(token + SPARSE * (own and self._sparse))
                 assert len(self._held[slot]) <= self.context
                 if wanted:
                     out.append(logits_after(self._held[slot]))
@@ -116,11 +119,12 @@ class Draw:
         return int((logits / self._temperature + self._rng.gumbel(size=len(logits))).argmax())
 
 
-def expected(prompt: str, new_tokens: int, sampler: Draw | None = None) -> str:
+def expected(prompt: str, new_tokens: int, sampler: Draw | None = None, sparse: bool = False) -> str:
     """The answer to a prompt, computed alone and without an engine."""
+    mark = SPARSE * sparse
     tokenizer, sampler = Bytes(), sampler or Draw()
     ids = tokenizer.encode(prompt, bos=True)
     answer: list[int] = []
-    while len(answer) < new_tokens and (token := sampler.pick(logits_after(ids + answer))) != EOS:
+    while len(answer) < new_tokens and (token := sampler.pick(logits_after(ids + [t + mark for t in answer]))) != EOS:
         answer.append(token)
     return tokenizer.decode(answer)

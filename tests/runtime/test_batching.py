@@ -36,12 +36,12 @@ def job(prompt: str, tokens: int = 20, stops=(), sampler=None, **more) -> tuple[
 
 @pytest.fixture
 def start():
-    """start(queue=…, slots=…) gives an engine and its batcher; they are stopped afterwards."""
+    """start(queue=…, slots=…, …) gives an engine and its batcher; they are stopped afterwards."""
     running = []
 
-    def make(queue: int = 64, **engine) -> tuple[StandIn, Batcher]:
+    def make(queue: int = 64, reuse_answers: bool = True, **engine) -> tuple[StandIn, Batcher]:
         e = StandIn(**engine)
-        running.append((e, b := Batcher(e, queue)))
+        running.append((e, b := Batcher(e, queue, reuse_answers)))
         return e, b
 
     yield make
@@ -118,6 +118,22 @@ def test_the_prefix_of_a_busy_slot_is_copied(start):
     assert two.text == expected(system + "second", 10)
     assert one.finish() == "length"
     assert one.text == expected(system + "first", 120)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_next_turn_of_a_conversation(sparse, start):
+    """An answer is a prefix of the next prompt, but not where the engine evaluates its own tokens differently."""
+    _, batcher = start(slots=1, sparse=sparse, reuse_answers=not sparse)
+    question = "x" * 40
+    first, heard = job(question, 30)
+    batcher.submit(first)
+    heard.finish()
+    prompt = question + heard.text + " and on"
+    second, other = job(prompt, 20)
+    batcher.submit(second)
+    assert other.finish() == "length"
+    assert (heard.text, other.text) == (expected(question, 30, sparse=sparse), expected(prompt, 20, sparse=sparse))
+    assert second.reused == (41 if sparse else 41 + 29), "the last token of an answer was never evaluated"
 
 
 def test_the_queue_is_bounded_and_all_or_nothing(start):

@@ -41,7 +41,7 @@ class Engine(Protocol):
     eos: tuple[int, ...]
 
     def forward(
-        self, tokens: Sequence[int], slots: Sequence[int], want: Sequence[bool] | None = None
+        self, tokens: Sequence[int], slots: Sequence[int], want: Sequence[bool], generated: Sequence[bool]
     ) -> np.ndarray: ...
     def truncate(self, slot: int, length: int) -> None: ...
     def copy(self, target: int, source: int, length: int) -> None: ...
@@ -95,17 +95,19 @@ class Job:
 
 @dataclass(eq=False)
 class Slot:
-    """`sequence` is the prompt and the answer; the first `evaluated` tokens of it lie in the engine's cache."""
+    """`sequence` is the prompt and the answer. The first `evaluated` tokens of it lie in the engine's cache, and the first
+    `reusable` of those are what any prompt that begins with them would have put there."""
 
     number: int
     sequence: list[int] = field(default_factory=list)
     evaluated: int = 0
+    reusable: int = 0
     job: Job | None = None
     used: int = 0  # rises with every job, so the smallest was used longest ago
 
     def shared(self, ids: list[int]) -> int:
         """Tokens of a prompt that need not be evaluated again; the last one always is, for its logits."""
-        most = min(self.evaluated, len(ids) - 1)
+        most = min(self.reusable, len(ids) - 1)
         return next((i for i in range(most) if self.sequence[i] != ids[i]), most)
 
 
@@ -125,16 +127,20 @@ class Counts:
 class Batcher:
     """Runs jobs on an engine that nobody else touches from now on. `queue` jobs may wait.
 
+    reuse_answers  whether an answer may be the prefix of a later prompt (a conversation's next turn). Not for input-sparse
+                   models: they evaluate what they write more coarsely than what they read, so the answer would depend on
+                   who wrote the prompt.
     Raises NetsukeError when the engine cannot take one row per slot.
     """
 
-    def __init__(self, engine: Engine, queue: int = 64):
+    def __init__(self, engine: Engine, queue: int = 64, reuse_answers: bool = True):
         if queue < 1 or engine.slots > engine.chunk:
             raise NetsukeError(
                 "serve with these settings", f"{engine.slots} slots, chunks of {engine.chunk}, a queue of {queue}",
                 "slots <= chunk, queue >= 1",
             )  # fmt: skip
         self.engine, self.queue, self.counts = engine, queue, Counts()
+        self._reuse_answers = reuse_answers
         self.memory = engine.memory()  # taken once: the engine allocates when it opens
         self._slots = [Slot(n) for n in range(engine.slots)]
         self._waiting: deque[Job] = deque()
@@ -266,7 +272,8 @@ class Batcher:
             log.exception("slot %d could not be prepared", slot.number)
             self._forget(slot)
             keep = 0
-        slot.job, slot.sequence, slot.evaluated, slot.used = job, list(job.ids), keep, next(self._ticket)
+        slot.job, slot.sequence, slot.used = job, list(job.ids), next(self._ticket)
+        slot.evaluated = slot.reusable = keep
         job.started, job.reused = time.monotonic(), keep
         self.counts.prompt_tokens += len(job.ids)
         self.counts.reused_tokens += keep
@@ -276,23 +283,27 @@ class Batcher:
         tokens: list[int] = []
         slots: list[int] = []
         want: list[bool] = []
+        generated: list[bool] = []
         complete: list[Slot] = []
-        answers = 0
         for slot in sorted(running, key=lambda s: (s.job.made == 0, s.used)):
             part = slot.sequence[slot.evaluated : slot.evaluated + self.engine.chunk - len(tokens)]
             if not part:
                 break
-            answers += slot.job.made > 0
+            answer = slot.job.made > 0
             tokens += part
             slots += [slot.number] * len(part)
+            generated += [answer] * len(part)
             slot.evaluated += len(part)
+            if not answer or self._reuse_answers:
+                slot.reusable = slot.evaluated
             done = slot.evaluated == len(slot.sequence)
             want += [False] * (len(part) - 1) + [done]
             if done:
                 complete.append(slot)
         begin = time.perf_counter()
-        logits = self.engine.forward(tokens, slots, want)
+        logits = self.engine.forward(tokens, slots, want, generated)
         seconds = time.perf_counter() - begin
+        answers = sum(generated)
         self.counts.steps += 1
         self.counts.decode_seconds += seconds * answers / len(tokens)
         self.counts.prompt_seconds += seconds * (len(tokens) - answers) / len(tokens)
@@ -326,12 +337,13 @@ class Batcher:
         if job is None:
             return
         slot.job = None
-        del slot.sequence[slot.evaluated :]
+        del slot.sequence[slot.reusable :]
+        slot.evaluated = slot.reusable
         self._pace += 0.1 * (time.monotonic() - job.started - self._pace)
         self._finish(job, finish)
 
     def _forget(self, slot: Slot) -> None:
-        slot.sequence, slot.evaluated = [], 0
+        slot.sequence, slot.evaluated, slot.reusable = [], 0, 0
         try:
             self.engine.truncate(slot.number, 0)
         except Exception:
