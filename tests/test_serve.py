@@ -364,7 +364,7 @@ def test_health_and_metrics_count():
     assert value["netsuke_prompt_tokens_total"] == 82
     assert value["netsuke_prompt_tokens_reused_total"] == 40
     assert value["netsuke_generated_tokens_total"] == 10
-    assert value['netsuke_engine_memory_bytes{part="cache"}'] == 2000
+    assert sum(v for k, v in value.items() if k.startswith("netsuke_engine_memory_bytes")) == 3000
     assert value["netsuke_prompt_seconds_total"] > 0 < value["netsuke_decode_seconds_total"]
 
 

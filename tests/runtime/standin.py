@@ -101,7 +101,7 @@ class StandIn:
         self.copies.append((target, source, length))
 
     def memory(self) -> dict[str, int]:
-        return {"weights": 1000, "cache": 2000}
+        return {"weights": 1000, "cache": 2000, "allocated": 2000}
 
     def close(self) -> None:
         pass

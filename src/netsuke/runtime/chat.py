@@ -40,7 +40,8 @@ class Chat:
                 raise NetsukeError(f"use the chat template {path}", f"{path.stat().st_size} bytes", "at most 1 MB")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise NetsukeError(f"use the chat template {path}", str(e), "a readable Jinja file") from e
+            found = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+            raise NetsukeError(f"use the chat template {path}", found, "a readable Jinja file") from e
         return cls(tokenizer, text, path)
 
     def text(self, messages: list[dict[str, str]]) -> str:

@@ -346,6 +346,8 @@ def prometheus(batcher: Batcher, invalid: int) -> str:
     outcomes = {"stop": 0, "length": 0, "cancelled": 0, "error": 0, "refused_full": 0, "refused_stopping": 0}
     outcomes |= {**c.outcomes, "invalid": invalid}
     outcomes["refused_stopping"] += outcomes.pop("refused", 0)  # while they waited
+    # a sum over the parts must count every byte once: "allocated" is the sum of all parts but the weights
+    memory = {f'{{part="{k}"}}': v for k, v in batcher.memory.items() if k != "allocated"}
     rows: list[tuple[str, str, str, dict[str, float]]] = [
         ("requests_total", "counter", "prompts by outcome", {f'{{outcome="{k}"}}': v for k, v in outcomes.items()}),
         ("prompt_tokens_total", "counter", "tokens of prompts", {"": c.prompt_tokens}),
@@ -357,7 +359,7 @@ def prometheus(batcher: Batcher, invalid: int) -> str:
         ("queue_length", "gauge", "prompts that wait", {"": batcher.waiting}),
         ("slots", "gauge", "prompts that can run at a time", {"": batcher.engine.slots}),
         ("slots_busy", "gauge", "prompts that run", {"": batcher.busy}),
-        ("engine_memory_bytes", "gauge", "memory of the engine", {f'{{part="{k}"}}': v for k, v in batcher.memory.items()}),
+        ("engine_memory_bytes", "gauge", "memory of the engine", memory),
     ]  # fmt: skip
     lines = []
     for name, kind, text, values in rows:
