@@ -31,13 +31,13 @@ static ns_dtype dtype_named(const json_node *n) {
 
 #define FAIL(b, ...) ((b)->failed = 1, ns_fail((b)->error, __VA_ARGS__))
 
-/* The bytes of a tensor of dtype (NS_OTHER: any float, told in *got) and shape (rows, cols; cols 0: one dimension). */
+/* The bytes of a tensor of dtype (NS_OTHER: any float, told in *got, which says what to count without weights) and shape
+ * (rows, cols; cols 0: one dimension). */
 static const void *tensor(builder *b, const char *name, ns_dtype want, int64_t rows, int64_t cols, ns_dtype *got) {
   if (b->failed) return NULL;
   if (!b->w || !b->w->data) {
-    int64_t bytes = rows * (cols ? cols : 1) * (want == NS_OTHER ? 4 : dtype_size(want));
+    int64_t bytes = rows * (cols ? cols : 1) * dtype_size(want == NS_OTHER ? *got : want);
     b->m->weight_bytes += (uint64_t)bytes;
-    if (got) *got = want == NS_OTHER ? NS_F32 : want;
     return NULL;
   }
   const json *doc = &b->w->header;
@@ -66,9 +66,8 @@ static const void *tensor(builder *b, const char *name, ns_dtype want, int64_t r
   return at;
 }
 
-/* A vector of any float type as floats in the arena. Not finite: an error. */
-static float *vector(builder *b, const char *name, int count) {
-  ns_dtype type;
+/* A vector of any float type as floats in the arena; `type` is what a plan counts. Not finite: an error. */
+static float *vector(builder *b, const char *name, int count, ns_dtype type) {
   const void *at = tensor(b, name, NS_OTHER, count, 0, &type);
   float *out = ns_take(b->arena, (uint64_t)count, sizeof(float));
   if (b->failed || !at || !out) return out;
@@ -176,13 +175,16 @@ static void linear(builder *b, ns_linear *l, const char *name, const json_node *
       }
       l->w = tensor(b, join(full, name, "weight"), l->dtype, ins, outs, NULL);
     }
-    l->norms = vector(b, join(full, name, "norms"), ins);
+    l->norms = vector(b, join(full, name, "norms"), ins, NS_F32);
     if (json_get(b->doc, spec, "rank")) factors(b, l, name, spec, 0, depth + 1);
   } else {
     FAIL(b, "dense, quant, lowrank, sparse", "the map '%s' is of an unknown kind", name);
     return;
   }
-  if (bias) l->bias = vector(b, join(full, name, "bias"), outs);
+  if (!bias) return;
+  const json_node *type = json_get(b->doc, spec, "bias"); /* dense maps: that of the weight */
+  ns_dtype stored = type ? dtype_named(type) : l->kind == NS_DENSE ? l->dtype : NS_F32;
+  l->bias = vector(b, join(full, name, "bias"), outs, stored > NS_BF16 ? NS_F32 : stored);
 }
 
 static void map(builder *b, ns_linear *l, const char *name, int outs, int ins, int bias) {
@@ -309,15 +311,15 @@ static void block(builder *b, ns_block *out, int i, const json_node *shape) {
     map(b, maps[j].l, name, (int)maps[j].outs, (int)maps[j].ins, maps[j].bias);
   }
   snprintf(name, sizeof name, "blocks.%d", i);
-  out->attn_norm = vector(b, join(full, name, "attn_norm.weight"), m->width);
-  out->mlp_norm = vector(b, join(full, name, "mlp_norm.weight"), m->width);
+  out->attn_norm = vector(b, join(full, name, "attn_norm.weight"), m->width, NS_F32);
+  out->mlp_norm = vector(b, join(full, name, "mlp_norm.weight"), m->width, NS_F32);
   if (m->qk_norm) {
     if (qk != m->head_dim) {
       FAIL(b, "all rotary pairs", "the normed heads of block %d are cut", i);
       return;
     }
-    out->q_norm = vector(b, join(full, name, "q_norm.weight"), m->head_dim);
-    out->k_norm = vector(b, join(full, name, "k_norm.weight"), m->head_dim);
+    out->q_norm = vector(b, join(full, name, "q_norm.weight"), m->head_dim, NS_F32);
+    out->k_norm = vector(b, join(full, name, "k_norm.weight"), m->head_dim, NS_F32);
   }
 }
 
@@ -365,7 +367,7 @@ int ns_model_read(ns_model *m, ns_arena *arena, const json *doc, const ns_weight
     ns_block spare;
     block(b, m->blocks ? &m->blocks[i] : &spare, i, s);
   }
-  m->norm = vector(b, "norm.weight", m->width);
+  m->norm = vector(b, "norm.weight", m->width, NS_F32);
   if (!m->tied) map(b, &m->head, "head", m->vocab, m->width, 0);
   m->table_bytes = arena->used;
   return b->failed ? -1 : 0;
