@@ -143,6 +143,19 @@ NB_MODULE(_native, m) {
         return sizes(memory);
       },
       "manifest"_a, "context"_a = 0, "slots"_a = 1, "rows"_a = 256, "logit_rows"_a = 0, "threads"_a = 0, "kv"_a = "float16");
+  m.def(
+      "sparse_trial",
+      [](int outs, int ins, int bits, double share, int threads, int rounds) {
+        double seconds[2];
+        int failed;
+        {
+          nb::gil_scoped_release release;
+          failed = ns_sparse_trial(outs, ins, bits, share, threads, rounds, seconds);
+        }
+        if (failed) throw nb::value_error("no memory, or inputs that are no multiple of 64");
+        return nb::make_tuple(seconds[0], seconds[1]);
+      },
+      "outs"_a, "ins"_a, "bits"_a, "share"_a, "threads"_a, "rounds"_a = 15);
   m.def("read_rate", &ns_read_rate, "bytes"_a, "threads"_a, "seconds"_a = 1.0, nb::call_guard<nb::gil_scoped_release>());
   m.def("int8_rate", &ns_int8_rate, "threads"_a, "seconds"_a = 1.0, nb::call_guard<nb::gil_scoped_release>());
 }

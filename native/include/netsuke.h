@@ -85,6 +85,9 @@ int ns_sample(ns_sampler *sampler, const float *logits, int vocab, float *scratc
  * the best kernel from registers. */
 double ns_read_rate(size_t bytes, int threads, double seconds);
 double ns_int8_rate(int threads, double seconds);
+/* Seconds of one matrix-vector product, dense (0) and input-sparse with `share` of the channels (1): medians of alternating runs.
+ * bits: 32 and 16 for floats, 8 to 2 for codes in groups of 64; ins a multiple of 64. */
+int ns_sparse_trial(int outs, int ins, int bits, double share, int threads, int rounds, double seconds[2]);
 
 #ifdef __cplusplus
 }

@@ -38,6 +38,7 @@ typedef struct {
 typedef struct { /* per thread */
   void *tile, *panel;
   float *out;              /* (rows or NS_FEW, 32), and of transposed weights (NS_FEW, width) */
+  int32_t *sums;           /* the same for the integers of transposed weights */
   float *query, *attended, *weights;
 } ns_scratch;
 

@@ -103,8 +103,8 @@ static void pick(ns_extra *x, const ns_linear *l, const ns_input *in, int M, con
 }
 
 /* y (mode)= r + bias for `width` outputs of token m. */
-static void finish(ns_engine *e, const ns_op *op, int m, int row, int width, float *r) {
-  float *y = op->y + (size_t)m * op->ystride + row;
+static void finish(ns_engine *e, const ns_op *op, int m, int row, int width, float *restrict r) {
+  float *restrict y = op->y + (size_t)m * op->ystride + row;
   if (op->l->bias)
     for (int i = 0; i < width; i++) r[i] += op->l->bias[row + i];
   if (op->mode == NS_STORE) memcpy(y, r, (size_t)width * sizeof(float));
@@ -134,7 +134,8 @@ static void run_unit(ns_engine *e, const ns_op *op, const ns_input *in, const ns
       p.q += (size_t)m * (size_t)p.stride;
       p.scale += (size_t)m * (size_t)p.blocks;
       p.sum += (size_t)m * (size_t)p.blocks;
-      (l->bits ? e->k->sparse_quant : e->k->sparse_dense)(l, row, rows, &p, n, s->out);
+      if (l->bits) e->k->sparse_quant(l, row, rows, &p, n, s->out, s->sums);
+      else e->k->sparse_dense(l, row, rows, &p, n, s->out);
       for (int i = 0; i < n; i++) finish(e, op, m + i, row, rows, s->out + (size_t)i * (size_t)rows);
     }
   } else if (M <= NS_FEW) {

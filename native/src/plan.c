@@ -169,6 +169,7 @@ int ns_layout(ns_engine *e, ns_arena *a, const json *manifest, const ns_weights 
     s->tile = ns_take(a, rows > NS_FEW ? x.tile : 0, 1);
     s->panel = ns_take(a, x.panel, 1);
     s->out = ns_take(a, wide, sizeof(float));
+    s->sums = ns_take(a, x.sparse_width * NS_FEW, sizeof(int32_t));
     s->query = ns_take(a, (NS_QUERIES + 1) * qk, sizeof(float));
     s->attended = ns_take(a, NS_QUERIES * vd, sizeof(float));
     s->weights = ns_take(a, NS_QUERIES * NS_KEYS, sizeof(float));

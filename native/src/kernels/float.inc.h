@@ -84,7 +84,11 @@ INLINE void axpy(w_loader load, int size, const ns_linear *l, int row, int width
   for (int m = 0; m < M; m++) memset(out + (size_t)m * (size_t)width, 0, (size_t)width * sizeof(float));
   for (int c = 0; c < count; c += 8) {
     int n = count - c < 8 ? count - c : 8;
-    const uint8_t *w[8];
+    const uint8_t *w[8], *next[8];
+    for (int i = 0; i < 8; i++) { /* the eight channels after these are asked for meanwhile */
+      int then = c + 8 + i < count ? c + 8 + i : count - 1;
+      next[i] = (const uint8_t *)l->w + ((size_t)x->channels[then] * (size_t)l->outs + (size_t)row) * (size_t)size;
+    }
     for (int i = 0; i < n; i++) w[i] = (const uint8_t *)l->w + ((size_t)x->channels[c + i] * (size_t)l->outs + (size_t)row) * (size_t)size;
     for (int m = 0; m < M; m++) {
       float *y = out + (size_t)m * (size_t)width;
@@ -94,6 +98,8 @@ INLINE void axpy(w_loader load, int size, const ns_linear *l, int row, int width
         UNROLL(8) for (int i = 0; i < 8; i++) xv[i] = v_set(xc[i]);
         for (int j = 0; j < full; j += 16) {
           v16 acc = v_load(y + j);
+          if (m == 0)
+            UNROLL(8) for (int i = 0; i < 8; i++) __builtin_prefetch(next[i] + (size_t)j * (size_t)size);
           UNROLL(8) for (int i = 0; i < 8; i++) acc = v_fma(xv[i], load(w[i], (size_t)j), acc);
           v_store(y + j, acc);
         }

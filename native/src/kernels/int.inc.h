@@ -73,8 +73,7 @@ static void quant_many(const ns_linear *l, const void *tile, const ns_act *x, in
 }
 
 /* Transposed weights. The channels of one block are summed as integers for outputs row … row+width-1, then scaled. */
-static void sparse_quant(const ns_linear *l, int row, int width, const ns_picked *x, int M, float *out) {
-  int32_t sums[64];
+static void sparse_quant(const ns_linear *l, int row, int width, const ns_picked *x, int M, float *out, int32_t *sums) {
   uint8_t codes[64];
   memset(out, 0, (size_t)M * (size_t)width * sizeof(float));
   for (int b = 0; b < x->blocks; b++) {
@@ -84,7 +83,7 @@ static void sparse_quant(const ns_linear *l, int row, int width, const ns_picked
       int count = width - j < 64 ? width - j : 64;
       for (int m = 0; m < M; m++) {
         size_t at = (size_t)m * (size_t)x->blocks + (size_t)b;
-        memset(sums, 0, sizeof sums);
+        memset(sums, 0, 64 * sizeof *sums);
         for (int c = x->start[b]; c < x->start[b + 1]; c++) {
           int q = x->q[(size_t)m * (size_t)x->stride + (size_t)c];
           if (!q) continue;

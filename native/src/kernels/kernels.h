@@ -62,7 +62,8 @@ typedef struct {
   void (*dense)(const ns_linear *w, int row, int rows, const float *x, size_t xstride, int M, float *out);
   /* Outputs row … row+width-1 of a transposed weight from the chosen channels; out (M, width) */
   void (*sparse_dense)(const ns_linear *w, int row, int width, const ns_picked *x, int M, float *out);
-  void (*sparse_quant)(const ns_linear *w, int row, int width, const ns_picked *x, int M, float *out);
+  /* sums: (M, width rounded up to 64) integers of scratch */
+  void (*sparse_quant)(const ns_linear *w, int row, int width, const ns_picked *x, int M, float *out, int32_t *sums);
   void (*quantize)(const float *x, int ins, const ns_act *to, int m, int first, int last); /* blocks first … last-1 of token m */
   void (*rmsnorm)(const float *x, const float *weight, float eps, int width, int from, int to, float *out);
   void (*silu_mul)(float *gate, const float *up, int count); /* gate = silu(gate) * up */
