@@ -11,6 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from netsuke.bench.command import figure
+from netsuke.bench.plots import kind, picture
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -77,6 +80,35 @@ def plans() -> str:
     return note + "\n\n" + "\n".join(rows)
 
 
+def lm() -> str:
+    got = read("benchmarks/results/lm.json")
+    if got is None:
+        return "Not measured yet: `netsuke bench lm -o benchmarks/results/lm.json`."
+    run, limits, settings = got["run"], got["limits"], got["settings"]
+    picture(got, ROOT / "docs/lm.svg")
+    versions = ", ".join(f"{name} {number}" for name, number in got["versions"].items() if number)
+    head = (
+        f"`netsuke bench lm` ({where(run)}; {versions}; {settings['threads']} threads each, sides in turn, medians of "
+        f"{settings['rounds']} rounds{', a quick run: not for publication' if settings['quick'] else ''}). A ratio above 1 means "
+        f"that netsuke is better, whatever the unit. Limits of the machine in the same run: {limits['read_gbps']:.1f} GB/s read "
+        f"from 512 MB, {limits['vnni_gops']:.0f} G int8 multiply-accumulates/s; models that fit a cache can read faster."
+    )
+    notes = [f"**{sentence}.**" for sentence in got["warnings"]]
+    if got["llama_cpp"]:
+        notes.append(
+            f"llama.cpp was built with: {got['llama_cpp']['system_info'].removeprefix('CPU : ')}.".replace("|", "·")
+        )
+    notes += ["![Ratios to llama.cpp](lm.svg)"]
+    rows = ["| model | bits | what | netsuke | of limit | beside | peer | ratio |", "|---|---|---|---|---|---|---|---|"]
+    for r in got["rows"]:
+        share = "" if r["share_of_limit"] is None else f"{r['share_of_limit']:.0%}"
+        rows.append(
+            f"| {r['model']} | {r['bits']} | {kind(r)} | {figure(r['what'], r['netsuke'])} | {share} | {r['peer_name']} | "
+            f"{figure(r['what'], r['peer'])} | {r['ratio']:.2f} |"
+        )
+    return "\n\n".join([head, *notes, "\n".join(rows)])
+
+
 def model() -> str:
     got, training = read("recipes/pycode/evaluation.json"), read("recipes/pycode/training.json")
     if got is None or training is None:
@@ -112,6 +144,7 @@ PARTS = {
     "measured": allocation,
     "quantization": quantization,
     "plans": plans,
+    "lm": lm,
     "model": model,
     "systems": systems,
 }

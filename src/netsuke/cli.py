@@ -35,7 +35,8 @@ def options(
     pass
 
 
-PACKAGES = ("devices", "compress", "export")  # verbs that share their name with a folder keep their command in it
+# verbs that share their name with a folder keep their command in it
+PACKAGES = ("devices", "compress", "export", "bench")
 
 for _verb in VERBS:
     importlib.import_module(f"netsuke.{_verb}.command" if _verb in PACKAGES else f"netsuke.{_verb}").register(app)
