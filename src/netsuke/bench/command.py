@@ -24,7 +24,7 @@ def whole(text: str, option: str) -> list[int]:
 
 def register(app: typer.Typer) -> None:
     """Add `bench lm` to the command line."""
-    verb = typer.Typer(help="Measure beside peers, in one run.", no_args_is_help=True)
+    verb = typer.Typer(help="Measure beside peers, in one run; all take --json, --quick.", no_args_is_help=True)
     app.add_typer(verb, name="bench")
 
     @verb.command("lm", help=HELP)
