@@ -256,8 +256,13 @@ static void check_sparse(const ns_kernels *k, const ns_kernels *scalar) {
   int row = 64 * below((l.outs + 63) / 64), width = l.outs - row;
   if (width > 64 && below(2)) width = 64;
   float *out = room((size_t)(M * width) * 4), *plain = room((size_t)(M * width) * 4);
-  (quantized ? k->sparse_quant : k->sparse_dense)(&l, row, width, &p, M, out);
-  (quantized ? scalar->sparse_quant : scalar->sparse_dense)(&l, row, width, &p, M, plain);
+  int32_t *sums = room((size_t)M * up((size_t)width, 64) * 4);
+  if (quantized) {
+    k->sparse_quant(&l, row, width, &p, M, out, sums);
+    scalar->sparse_quant(&l, row, width, &p, M, plain, sums);
+  } else {
+    k->sparse_dense(&l, row, width, &p, M, out);
+  }
   if (quantized) same(k->name, "sparse_quant", out, plain, (size_t)(M * width) * 4);
   for (int m = 0; m < M; m++)
     for (int r = 0; r < width; r++) {
@@ -271,7 +276,7 @@ static void check_sparse(const ns_kernels *k, const ns_kernels *scalar) {
       }
       near(k->name, quantized ? "sparse_quant" : "sparse_dense", out[m * width + r], total, size * 1e-5);
     }
-  free(channels), free(start), free(sum), free(x), free(scale), free(q), free(out), free(plain), drop(&l);
+  free(channels), free(start), free(sum), free(x), free(scale), free(q), free(out), free(plain), free(sums), drop(&l);
 }
 
 /* One key head's cache, filled by a kernel table */
