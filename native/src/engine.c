@@ -38,6 +38,8 @@ static int settle(ns_engine *e, const ns_options *o, ns_error *error) {
 static int settle_context(ns_engine *e, ns_error *error) {
   e->context = e->o.context ? e->o.context : e->model.context;
   if (e->context > e->model.context) return ns_fail(error, "at most the model's own", "a context of %d tokens", e->context);
+  if ((int64_t)e->o.rows > (int64_t)e->context * e->o.slots) e->o.rows = e->context * e->o.slots; /* no more can ever come */
+  if (e->o.logit_rows > e->o.rows) e->o.logit_rows = e->o.rows;
   e->padded = (e->context + NS_KEYS - 1) / NS_KEYS * NS_KEYS;
   return 0;
 }

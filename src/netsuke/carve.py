@@ -12,12 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from netsuke import __version__
 from netsuke.allocate import Allocation, Option, allocate
 from netsuke.devices import Budget, Cost, Device, format_bytes, format_seconds
 from netsuke.errors import NetsukeError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from netsuke.compress.method import Method
     from netsuke.models.llama import Llama, LlamaConfig
 
@@ -30,6 +34,7 @@ REPAIRS = 4
 # that was measured one at a time, and (infinity) not at all; what was built is then compared.
 CUT_FACTORS = (1.0, 2.0, math.inf)
 LOGIT_LIMIT = 1e-3
+ENGINE_LIMIT = 5e-3  # nats per token; int8 activations and a float16 cache give 2e-4 on pycode at any bits
 RESOURCES = ("storage", "ram", "latency", "energy")
 UNITS: dict[str, Callable[[float], str]] = {
     "storage": format_bytes, "ram": format_bytes, "latency": format_seconds, "energy": lambda v: f"{v:.3g} J",
@@ -66,6 +71,10 @@ class Carving:
         self.name, self.on_progress, self.started = model, on_progress, time.time()
         self.clock, self.seconds = time.monotonic(), {}
         self.device = Device.load(device)
+        self.here = (
+            device == "this"
+        )  # then latency is measured, and predictions are scaled to what the base model takes
+        self.slowness = 1.0
         self.asked, self.budget = budget, Budget.for_device(self.device, budget)
         check_writable(out)
         self.out, self.cut_factors = out, CUT_FACTORS if cuts else (math.inf,)
@@ -98,15 +107,18 @@ class Carving:
 
     def measure_before(self) -> None:
         self.on_progress("measuring the model as it is", 0, 0)
+        layers = self.described.layers
+        latency = self.latency(self.loaded.model, layers)
+        if self.here:
+            self.slowness = latency["per_token"] / self.predicted(self.cfg, layers).latency
         self.dense = self.loaded.model.float()
         self.base_loss = self.task.mean_loss(self.dense, "validation", CHECK)
         test = self.task.mean_loss(self.dense, "test")
-        layers = self.described.layers
         self.memory_before = self.memory(self.cfg, layers)
         self.before = {
             "quality": self.quality(self.base_loss, test), "bytes": self.described.bytes_on_disk,
-            "peak_ram": self.memory_before["peak"], "latency": self.latency(self.cfg, layers),
-            "energy": self.token_cost(self.cfg, layers).energy,
+            "peak_ram": self.memory_before["peak"], "latency": latency,
+            "energy": self.predicted(self.cfg, layers).energy,
         }  # fmt: skip
         self.lap("measure")
 
@@ -117,22 +129,34 @@ class Carving:
         }  # fmt: skip
 
     def memory(self, cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, int]:
-        from netsuke.runtime.memory_plan import inference_plan
+        from netsuke.runtime.native_plan import native_plan
 
-        return inference_plan(cfg, layers, context=self.context).as_dict()
+        return native_plan(cfg, layers, context=self.context, threads=self.device.cores).as_dict()
 
-    def token_cost(self, cfg: LlamaConfig, layers: dict[str, dict]) -> Cost:
-        from netsuke.runtime.memory_plan import work_of
+    def predicted(self, cfg: LlamaConfig, layers: dict[str, dict], tokens: int = 1) -> Cost:
+        """The device's figures for one generated token, or for a prompt."""
+        from netsuke.runtime.native_plan import native_work
 
-        return self.device.cost(work_of(cfg, layers, context=self.context, tokens=1))
+        return self.device.cost(native_work(cfg, layers, context=self.context, tokens=tokens))
 
-    def latency(self, cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, Any]:
-        from netsuke.runtime.memory_plan import work_of
+    def measured(self, model: Llama) -> dict[str, Any]:
+        """Latency on this machine: the engine runs the model."""
+        from netsuke.measure.decoding import decoding_speed
+        from netsuke.runtime.engine import Engine
 
-        token = self.token_cost(cfg, layers)
-        prompt = self.device.cost(work_of(cfg, layers, context=self.context, tokens=128))
+        with Engine.of_model(model, context=self.context) as engine:
+            speed = decoding_speed(engine.forward, engine.truncate, engine.vocab, engine.context)
         return {
-            "per_token": token.latency, "first_token": prompt.latency,
+            "per_token": speed.token, "first_token": speed.prompt,
+            "how": f"measured on this machine in the native engine ({speed.prompt_tokens} prompt tokens)",
+        }  # fmt: skip
+
+    def latency(self, model: Llama, layers: dict[str, dict]) -> dict[str, Any]:
+        if self.here:
+            return self.measured(model)
+        return {
+            "per_token": self.predicted(model.cfg, layers).latency,
+            "first_token": self.predicted(model.cfg, layers, min(128, self.context - 1)).latency,
             "how": f"predicted for {self.device.name} by its card (128 prompt tokens); not measured there",
         }  # fmt: skip
 
@@ -140,11 +164,11 @@ class Carving:
         """What a whole model costs by resource; storage is an estimate within a few KB until it is packed."""
         norms = sum(p.numel() * 4 for n, p in self.dense.named_parameters() if n.endswith("norm.weight"))
         manifest = 3000 + 420 * len(layers)  # config, a spec and a header entry for each map, hashes, provenance
-        token = self.token_cost(cfg, layers)
+        token = self.predicted(cfg, layers)
         return {
             "storage": linear_bytes + norms + manifest + self.described.tokenizer_bytes,
             "ram": self.memory(cfg, layers)["peak"],
-            "latency": token.latency, "energy": token.energy,
+            "latency": token.latency * self.slowness, "energy": token.energy,
         }  # fmt: skip
 
     # 2. choices
@@ -158,9 +182,10 @@ class Carving:
         modules = ("mlp", "vo") if self.cfg.qk_norm else MODULES
         self.parts = offer(
             self.dense, self.task, self.device, group=GROUP, windows=PROBE, calibration=CALIBRATION,
-            cuts=CUTS if self.cut_factors != (math.inf,) else (0.0,), modules=modules, kv_bytes=4.0 * self.context,
+            cuts=CUTS if self.cut_factors != (math.inf,) else (0.0,), modules=modules, kv_bytes=2.0 * self.context,
             on_trial=lambda done, total: self.on_progress("trying each part", done, total),
         )  # fmt: skip
+        self.parts = [[self.slowed(o) for o in part] for part in self.parts]
         # Costs of parts add up; the rest of the whole (cache, activations, tokenizer, launches) is fixed.
         specs = uniform_specs(self.cfg, {"kind": "dense", "dtype": "float16"})
         size = sum(layer.bytes for layer in linear_layers(self.cfg, specs).values())
@@ -168,6 +193,10 @@ class Carving:
         whole = self.costs(self.cfg, specs, size)
         self.fixed = {r: whole[r] - sum(o.costs[r] for o in self.untouched) for r in RESOURCES}
         self.lap("choices")
+
+    def slowed(self, option: Option) -> Option:
+        """An option whose predicted latency is scaled to what this machine was measured to take."""
+        return replace(option, costs=option.costs | {"latency": option.costs["latency"] * self.slowness})
 
     # 3. allocation
 
@@ -272,6 +301,8 @@ class Carving:
         costs = self.costs(
             model.cfg, {n: m.spec() for n, m in linears.items()}, sum(m.bytes() for m in linears.values())
         )
+        if self.here and self.budget.latency is not None:
+            costs["latency"] = self.measured(model)["per_token"]
         loss = self.task.mean_loss(model, "validation", CHECK)
         return Candidate(factor, found, methods, model, costs, loss)
 
@@ -321,11 +352,18 @@ class Carving:
         def prove(folder: Path) -> None:
             difference = float((load(folder).model(ids) - expected).abs().max())
             size = sum(f.stat().st_size for f in folder.iterdir())
-            self.proof |= {"difference": difference, "bytes": size}
+            self.proof |= {
+                "difference": difference,
+                "bytes": size,
+                "divergence": self.divergence(folder, ids, expected),
+            }
             if not difference <= LOGIT_LIMIT:  # also when it is no number
                 raise NetsukeError(
                     f"prove {self.out.name}", f"reloaded logits differ by {difference:.2g}", f"{LOGIT_LIMIT:g}", code=1
                 )
+            if not self.proof["divergence"] <= ENGINE_LIMIT:
+                found = f"the native engine's predictions diverge by {self.proof['divergence']:.2g} nats per token"
+                raise NetsukeError(f"prove {self.out.name}", found, f"{ENGINE_LIMIT:g}", code=1)
             if size > self.budget.storage:
                 raise NetsukeError(
                     f"fit {self.name}", f"the artifact has {size} bytes", f"{self.budget.storage}", code=1
@@ -335,7 +373,20 @@ class Carving:
         self.memory_after = memory
         self.after = {
             "quality": quality, "bytes": self.proof["bytes"], "peak_ram": memory["peak"], "peak_ram_how": "planned",
-            "latency": self.latency(model.cfg, self.winner.layers), "energy": self.winner.costs["energy"],
+            "latency": self.latency(model, self.winner.layers), "energy": self.winner.costs["energy"],
             "loss_of_quality": rise,
         }  # fmt: skip
         self.lap("pack")
+
+    def divergence(self, folder: Path, ids: Tensor, expected: Tensor) -> float:
+        """KL(reference || native engine) of the artifact's next-token predictions, nats per token."""
+        import torch
+
+        from netsuke.runtime.engine import Engine
+
+        rows, length = ids.shape
+        with Engine(folder, context=length, slots=rows, logit_rows=length) as engine:
+            got = [engine.forward(row, [i] * length, [True] * length) for i, row in enumerate(ids.tolist())]
+        ours = torch.from_numpy(np.stack(got)).double().log_softmax(-1)
+        theirs = expected.double().log_softmax(-1)
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())

@@ -12,7 +12,7 @@ from typing import Any
 
 from netsuke import __version__
 from netsuke.allocate import frontier
-from netsuke.carve import CHECK, GROUP, LOGIT_LIMIT, Carving
+from netsuke.carve import CHECK, ENGINE_LIMIT, GROUP, LOGIT_LIMIT, Carving
 from netsuke.measure.machine import provenance
 
 DEVICE_FACTS = ("name", "title", "kind", "ram", "storage", "ram_bandwidth", "rates")
@@ -97,6 +97,7 @@ def method_of(cut: float, bits: dict[str, int]) -> str:
 def checks(c: Carving) -> list[dict[str, Any]]:
     rows = [
         ("the artifact, read back, gives the carved model's logits (largest difference)", c.proof["difference"], LOGIT_LIMIT),
+        ("the native engine's divergence from the reference, nats per token", c.proof["divergence"], ENGINE_LIMIT),
         ("bytes of the artifact's files against the storage limit", c.proof["bytes"], c.budget.storage),
         ("planned peak RAM against the limit", c.after["peak_ram"], c.budget.ram),
     ]  # fmt: skip

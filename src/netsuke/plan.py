@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from netsuke.verb import verb
 
 if TYPE_CHECKING:
     from netsuke.models.load import Described
+    from netsuke.runtime.memory_plan import MemoryPlan
 
 CONTEXT = 2048  # planned unless asked otherwise: many models advertise 128k, few are run so
 PROMPT = 128  # tokens of the prompt whose first answer is timed, unless asked otherwise
@@ -22,50 +24,55 @@ LARGEST = 5
 @verb
 def plan(
     model: str, device: str = "this", *, context: int | None = None, batch: int = 1, prompt: int | None = None,
-    train: str | None = None, tokens: int = 256, optimizer: str = "loop",
+    train: str | None = None, tokens: int = 256, optimizer: str = "loop", backend: str = "native", kv: str = "float16",
 ) -> dict[str, Any]:  # fmt: skip
-    """What `model` takes on `device`, from its headers: {model, device, context, batch, prompt, memory, storage, fits,
+    """What `model` takes on `device`, from its headers: {model, device, backend, context, batch, prompt, memory, storage, fits,
     binding, remedy, latency, training}; bytes and seconds.
 
     context   tokens the key/value cache is allocated for; default: the model's own, at most 2048
     prompt    tokens given at once; default: memory for all the context, time to the first token for 128
     train     "full" or "last-K": plan one training step on `batch` windows of `tokens` tokens as well
 
-    RAM is the process' (Python and torch, where the device runs them) plus the model's peak. Times come from the device's
-    figures, not from a run. Raises NetsukeError for an unusable model, device or size.
+    backend   what runs it: "native" (the engine; `kv` keeps keys and values as "float16" or "int8") or "torch"
+
+    RAM is the process' (Python, where the device runs it) plus the model's peak; training always runs in PyTorch. Times
+    come from the device's figures, not from a run. Raises NetsukeError for an unusable model, device or size.
     """
     for option, value in (("--context", context), ("--batch", batch), ("--prompt", prompt), ("--tokens", tokens)):
         if value is not None and not 1 <= value <= 1 << 28:
             raise NetsukeError(f"plan with {option} {value}", "that is no number of tokens or windows", "1 or more")
     card = Device.load(device)
     from netsuke.models.load import describe
-    from netsuke.runtime.memory_plan import PROCESS, inference_plan, work_of
+    from netsuke.runtime import memory_plan, native_plan
 
+    if backend not in ("native", "torch"):
+        raise NetsukeError(f"plan for the backend {backend!r}", "there is no such backend", "native, torch")
     facts = describe(model)
     cfg = facts.config
     context = min(context or CONTEXT, cfg.context)
     if prompt is not None and prompt >= context:
         raise NetsukeError(f"plan with --prompt {prompt}", f"the context is {context}", f"at most {context - 1}")
-    python = "native" in card.homes
-    process = PROCESS["torch"] if python else 0
+    python, native = "native" in card.homes, backend == "native"
+    process = (native_plan.PROCESS if native else memory_plan.PROCESS["torch"]) if python else 0
+
+    def planned(length: int) -> MemoryPlan:
+        sizes = {"context": length, "batch": batch, "threads": card.cores}
+        if native:
+            return native_plan.native_plan(cfg, facts.layers, kv=kv, **sizes)
+        return memory_plan.inference_plan(cfg, facts.layers, prompt=min(prompt, length) if prompt else None, **sizes)
 
     def memory_at(length: int) -> int:
-        sizes = {
-            "context": length,
-            "batch": batch,
-            "threads": card.cores,
-            "prompt": min(prompt, length) if prompt else None,
-        }
-        return process + inference_plan(cfg, facts.layers, **sizes).peak
+        return process + planned(length).peak
 
-    running = inference_plan(cfg, facts.layers, context=context, batch=batch, prompt=prompt, threads=card.cores)
+    work_of = functools.partial(native_plan.native_work, kv=kv) if native else memory_plan.work_of
+    running = planned(context)
     total = process + running.peak
     asked = {"context": context, "batch": batch}
     timed = min(prompt or PROMPT, max(context - 1, 1))
     first = card.cost(work_of(cfg, facts.layers, tokens=timed, **asked))
     token = card.cost(work_of(cfg, facts.layers, tokens=1, **asked))
     out: dict[str, Any] = {
-        "model": model, "device": card.name, "context": context, "batch": batch, "prompt": prompt,
+        "model": model, "device": card.name, "backend": backend, "context": context, "batch": batch, "prompt": prompt,
         "memory": {**running.as_dict(), "process": process, "total": total, "limit": card.ram, "moment": running.moment},
         "storage": {"bytes": facts.bytes_on_disk, "limit": card.storage},
         "largest": [{"part": name, "bytes": size} for name, size in running.largest(LARGEST)],
@@ -84,7 +91,9 @@ def plan(
         name for name, over in (("ram", total > card.ram), ("storage", facts.bytes_on_disk > card.storage)) if over
     ]
     if train is not None:
-        out["training"] = step = _training(facts, train, tokens, batch, optimizer, card.cores, process)
+        out["training"] = step = _training(
+            facts, train, tokens, batch, optimizer, card.cores, memory_plan.PROCESS["torch"] if python else 0
+        )
         if step["total"] > card.ram:
             binding.append("ram for training")
     out["fits"], out["binding"] = not binding, binding
@@ -122,7 +131,7 @@ def _remedy(binding: list[str], memory_at: Any, context: int, card: Device) -> s
 def register(app: typer.Typer) -> None:
     @app.command("plan", help="Memory, speed and whether a model fits a device, before anything is loaded.")
     def command(
-        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c file, or 'pycode'")],
+        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c or GGUF file, or 'pycode'")],
         device: Annotated[str, typer.Option(help="a card's name (netsuke devices), a TOML file, or 'this'")] = "this",
         context: Annotated[
             int | None, typer.Option(help="tokens of context; default: the model's, at most 2048")
@@ -131,9 +140,21 @@ def register(app: typer.Typer) -> None:
         prompt: Annotated[int | None, typer.Option(help="tokens of the prompt")] = None,
         train: Annotated[str | None, typer.Option(help="plan a training step too: full or last-K")] = None,
         tokens: Annotated[int, typer.Option(help="tokens per training window")] = 256,
+        backend: Annotated[str, typer.Option(help="native (the engine) or torch")] = "native",
+        kv: Annotated[str, typer.Option(help="keys and values as float16 or int8 (native)")] = "float16",
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
     ) -> None:
-        got = plan(model, device, context=context, batch=batch, prompt=prompt, train=train, tokens=tokens)
+        got = plan(
+            model,
+            device,
+            context=context,
+            batch=batch,
+            prompt=prompt,
+            train=train,
+            tokens=tokens,
+            backend=backend,
+            kv=kv,
+        )
         if as_json:
             print(json.dumps(got))
         else:
@@ -163,7 +184,7 @@ def show(got: dict[str, Any]) -> None:
     title = f"{got['model']} on {got['device']}: {got['context']} tokens of context, batch {got['batch']}"
     running = {
         "weights": "weights", "kv_cache": "key/value cache", "activations": "activations", "buffers": "buffers",
-        "runtime": "libraries, heap", "process": "Python and torch, idle",
+        "runtime": "libraries, heap", "process": "Python, idle",
     }  # fmt: skip
     console.print(sizes(title, memory, running))
     if "training" in got:
@@ -174,7 +195,7 @@ def show(got: dict[str, Any]) -> None:
             "gradients": "gradients",
             "saved": "saved tensors",
         }
-        names |= {"buffers": "buffers", "runtime": running["runtime"], "process": running["process"]}
+        names |= {"buffers": "buffers", "runtime": running["runtime"], "process": "Python and torch, idle"}
         console.print(
             sizes(f"training {step['scope']}: {step['batch']} windows of {step['tokens']} tokens", step, names)
         )

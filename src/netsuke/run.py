@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -12,66 +14,85 @@ import typer
 from netsuke.errors import NetsukeError
 from netsuke.verb import verb
 
+BACKENDS = ("native", "torch")
+
 
 @verb
 def run(
     model: str, prompt: str = "", new_tokens: int = 128, *, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int = 0, context: int | None = None, on_text: Callable[[str], None] | None = None,
+    seed: int = 0, context: int | None = None, backend: str = "native", kv: str = "float16",
+    threads: int | None = None, on_text: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Completes `prompt` and returns {text, prompt, timings…}; `on_text` receives the pieces as they are made.
 
-    Greedy at temperature 0. Raises NetsukeError for an unusable model or prompt.
+    backend  "native": the engine in C, which reads weights from the mapped file; "torch": the reference runtime
+    kv       keys and values as "float16" or "int8" (native only; the reference keeps float32)
+
+    Greedy at temperature 0. Raises NetsukeError for an unusable model, prompt or setting.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1:
+    if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1 or (threads or 1) < 1:
         raise NetsukeError(
-            "run with these settings", f"temperature {temperature}, top-p {top_p}, tokens {new_tokens}",
-            "temperature >= 0, 0 < top-p <= 1, tokens >= 1",
+            "run with these settings", f"temperature {temperature}, top-p {top_p}, tokens {new_tokens}, threads {threads}",
+            "temperature >= 0, 0 < top-p <= 1, tokens and threads >= 1",
         )  # fmt: skip
-    from netsuke.models.load import load
-    from netsuke.models.tokenizer import Decoder
-    from netsuke.runtime.generate import generate
+    if backend not in BACKENDS:
+        raise NetsukeError(f"run with the backend {backend!r}", "there is no such backend", ", ".join(BACKENDS))
+    from netsuke.models.tokenizer import Decoder, Tokenizer
     from netsuke.runtime.timings import Timings
 
-    loaded = load(model)
-    if loaded.tokenizer is None:
-        raise NetsukeError(f"run {model}", "the model has no tokenizer", "tokenizer.json beside the weights")
-    ids = loaded.tokenizer.encode(prompt, bos=True)
-    timings, decoder, text = Timings(), Decoder(loaded.tokenizer), []
-    for token in generate(
-        loaded.model, ids, new_tokens, temperature=temperature, top_p=top_p, seed=seed, context=context, timings=timings
-    ):
-        piece = decoder.push(token)
-        text.append(piece)
-        if on_text:
-            on_text(piece)
+    timings, sampling = Timings(), {"temperature": temperature, "top_p": top_p, "seed": seed}
+    with contextlib.ExitStack() as stack:
+        tokenizer: Tokenizer | None
+        if backend == "native":
+            from netsuke.runtime import engine as native
+
+            engine = stack.enter_context(native.Engine.load(model, context=context, kv=kv, threads=threads))
+            tokenizer, source = engine.tokenizer, functools.partial(native.generate, engine)
+        else:
+            import torch
+
+            from netsuke.models.load import load
+            from netsuke.runtime.generate import generate
+
+            if threads:
+                torch.set_num_threads(threads)
+            loaded = load(model)
+            tokenizer, source = loaded.tokenizer, functools.partial(generate, loaded.model, context=context)
+        if tokenizer is None:
+            raise NetsukeError(f"run {model}", "the model has no tokenizer", "tokenizer.json beside the weights")
+        decoder, text = Decoder(tokenizer), []
+        for token in source(tokenizer.encode(prompt, bos=True), new_tokens, timings=timings, **sampling):
+            piece = decoder.push(token)
+            text.append(piece)
+            if on_text:
+                on_text(piece)
     text.append(tail := decoder.flush())
     if on_text and tail:
         on_text(tail)
     return {
-        "model": model,
-        "backend": "torch",
-        "prompt": prompt,
-        "text": "".join(text),
-        "seed": seed,
-        **timings.as_dict(),
-    }
+        "model": model, "backend": backend, "prompt": prompt, "text": "".join(text), "seed": seed, **timings.as_dict(),
+    }  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
     @app.command("run", help="Run a model: stream the completion of a prompt.")
     def command(
-        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c file, or 'pycode'")],
+        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c or GGUF file, or 'pycode'")],
         prompt: Annotated[str, typer.Option(help="text to complete")] = "",
         tokens: Annotated[int, typer.Option(help="at most this many new tokens")] = 128,
         temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
         top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
         seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
         context: Annotated[int | None, typer.Option(help="tokens of context; default: the model's")] = None,
+        backend: Annotated[str, typer.Option(help="native (the engine in C) or torch (the reference)")] = "native",
+        kv: Annotated[str, typer.Option(help="keys and values as float16 or int8 (native)")] = "float16",
+        threads: Annotated[int | None, typer.Option(help="default: one per core")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object with timings")] = False,
     ) -> None:
-        from netsuke.runtime.allocator import return_freed_memory
+        if backend == "torch":
+            from netsuke.runtime.allocator import return_freed_memory
 
-        return_freed_memory()  # so that the process takes what `netsuke plan` says; not for a host that imports us
+            return_freed_memory()  # so that the process takes what `netsuke plan` says; not for a host that imports us
 
         def stream(piece: str) -> None:
             sys.stdout.write(piece)
@@ -80,8 +101,8 @@ def register(app: typer.Typer) -> None:
         if not as_json:
             stream(prompt)
         out = run(
-            model, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed, context=context,
-            on_text=None if as_json else stream,
+            model, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed, context=context, backend=backend,
+            kv=kv, threads=threads, on_text=None if as_json else stream,
         )  # fmt: skip
         if as_json:
             print(json.dumps(out))

@@ -47,7 +47,7 @@ def serve(
     from netsuke.runtime.engine import Engine, Sampler
 
     with listen(host, port) as listener:  # before the model is read: a port in use is known at once
-        engine = Engine.open(model, context=context, slots=slots, threads=threads, kv=kv)
+        engine = Engine.load(model, context=context, slots=slots, threads=threads, kv=kv)
         try:
             if engine.tokenizer is None:
                 raise NetsukeError(f"serve {model}", "the model has no tokenizer", "a model with its tokenizer")
@@ -91,7 +91,7 @@ def url_of(listener: socket.socket) -> str:
 def register(app: typer.Typer) -> None:
     @app.command("serve", help="Serve a model over HTTP, as OpenAI's interface.")
     def command(
-        model: Annotated[str, typer.Argument(help="artifact, or 'pycode'")],
+        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c or GGUF file, or 'pycode'")],
         host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
         port: Annotated[int, typer.Option(help="0: any free port")] = 8080,
         slots: Annotated[int, typer.Option(help="prompts that run at a time")] = 4,

@@ -52,12 +52,19 @@ def register(app: typer.Typer) -> None:
             raise NetsukeError(f"write {out}", f"the folder {out.parent} does not exist", "an existing folder")
         note = Console(stderr=True)
         columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=note, transient=True, disable=not note.is_terminal) as bar:
+        # drawn between measurements only: a thread that redraws it would take its share of a core
+        with Progress(
+            *columns, console=note, transient=True, disable=not note.is_terminal, auto_refresh=False
+        ) as bar:  # fmt: skip
             task = bar.add_task("reading")
+
+            def step(text: str, done: int, total: int) -> None:
+                bar.update(task, description=text, completed=done, total=total, refresh=True)
+
             got = bench(
                 "lm", models or (), bits=whole(bits, "--bits"), prompts=whole(prompt, "--prompt"),
                 batches=whole(batch, "--batch"), peers=[p for p in peers.split(",") if p], threads=threads, quick=quick,
-                on_progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total),
+                on_progress=step,
             )  # fmt: skip
         if out:
             out.write_text(json.dumps(got, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """The cost model: a roofline (Williams, Waterman and Patterson, 2009) with a fixed price per layer.
 
-    latency = max(macs / rate, bytes_read / ram_bandwidth, bytes_from_storage / storage_bandwidth) + layers * overhead
-    energy  = macs * energy_per_mac + (bytes_read + bytes_from_storage) * energy_per_byte
+    arithmetic = macs / rate + float_macs / float rate
+    latency    = max(arithmetic, bytes_read / ram_bandwidth, bytes_from_storage / storage_bandwidth) + layers * overhead
+    energy     = macs * energy_per_mac + float_macs * its own + (bytes_read + bytes_from_storage) * energy_per_byte
 
 Arithmetic, RAM traffic and storage traffic are taken to overlap, so that the slowest of the three is what one waits
 for. Energy is what the work adds above the idle draw. On a microcontroller weights stay in flash: count them as
@@ -26,11 +27,13 @@ BOUNDS = ("memory", "arithmetic", "storage", "overhead")
 class Work:
     """What one inference (one token, one image, one window) asks of a device.
 
-    macs                multiply-accumulates
+    macs                multiply-accumulates at the rate of `bits`
+    float_macs          multiply-accumulates in float32 beside them
     bytes_read          bytes read from RAM: weights, key-value cache
     bits                width of the weights; it picks the arithmetic rate
     bytes_from_storage  bytes that must come from flash or disk each time
-    layers              operators launched one after another, each of which pays the device's overhead
+    layers              operators launched one after another, each of which pays the device's overhead; a share of one for
+                        threads that are awake already
     ram, storage        bytes held at the peak, bytes kept on flash or disk; they pass through into `Cost`
     """
 
@@ -38,9 +41,10 @@ class Work:
     bytes_read: float
     bits: int = 16
     bytes_from_storage: float = 0
-    layers: int = 0
+    layers: float = 0
     ram: int = 0
     storage: int = 0
+    float_macs: float = 0
 
     def __post_init__(self):
         for field in fields(self):
@@ -67,7 +71,7 @@ def roofline(device: Device, work: Work) -> Cost:
     """The cost of `work` on `device`; the equations stand at the top of this file."""
     times = {
         "memory": work.bytes_read / device.ram_bandwidth,
-        "arithmetic": work.macs / device.rate(work.bits),
+        "arithmetic": work.macs / device.rate(work.bits) + work.float_macs / device.rate(32),
         "storage": work.bytes_from_storage / device.storage_bandwidth,
     }
     bound = max(times, key=times.__getitem__)
@@ -75,7 +79,9 @@ def roofline(device: Device, work: Work) -> Cost:
     traffic = work.bytes_read + work.bytes_from_storage
     return Cost(
         latency=busy + overhead,
-        energy=work.macs * device.mac_energy(work.bits) + traffic * device.energy_per_byte,
+        energy=work.macs * device.mac_energy(work.bits)
+        + work.float_macs * device.mac_energy(32)
+        + traffic * device.energy_per_byte,
         peak_ram=work.ram,
         storage=work.storage,
         bound="overhead" if overhead > busy else bound,

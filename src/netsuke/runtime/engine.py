@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from netsuke.models.tokenizer import Tokenizer
 
 CHUNK = 256  # rows per forward: larger chunks are hardly faster and take more memory
+HASHED = 256 << 20  # bytes of weights whose sha256 `load` checks: 0.15 s; what is larger is held against its size alone
 KV = ("float16", "int8")
 
 
@@ -111,7 +112,7 @@ class Engine:
         self.facts: dict[str, Any] = self._core.facts()
         self.vocab: int = self.facts["vocab"]
         self.context: int = self.facts["context"]
-        self.slots, self.chunk = slots, chunk
+        self.slots, self.chunk = slots, self.facts["rows"]
         config = self.manifest["config"]
         self.bos: int | None = config.get("bos")
         self.eos: tuple[int, ...] = tuple(config.get("eos") or ())
@@ -128,6 +129,19 @@ class Engine:
             raise NetsukeError(f"load {path}", "this is no netsuke artifact", "NAME.netsuke or a shipped name")
         _check_files(folder, verify)
         return cls(folder, source=str(path), **settings)
+
+    @classmethod
+    def load(cls, path: str | Path, **settings: Any) -> Engine:
+        """Any model that netsuke reads. What is no artifact (a Hugging Face folder, llama2.c, GGUF) is read with PyTorch
+        and becomes a temporary one. Raises NetsukeError as models.load.load does."""
+        folder = find_artifact(path)
+        if folder is None:
+            from netsuke.models.load import load
+
+            loaded = load(path)
+            return cls.of_model(loaded.model, loaded.tokenizer, **settings)
+        weights = folder / WEIGHTS
+        return cls.open(path, verify=weights.is_file() and weights.stat().st_size <= HASHED, **settings)
 
     @classmethod
     def of_model(cls, model: Llama, tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
