@@ -18,7 +18,7 @@ with contextlib.suppress(ImportError):
 
     llama_cpp.llama_backend_init()
 
-PROMPT, LONG, STEPS = 32, 128, 8
+PROMPT, STEPS = 32, 8
 
 
 def start(

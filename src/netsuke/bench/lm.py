@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from netsuke.bench.peers import OURS, PEERS, Side, absent, names_of, open_side, system_info, takes
-from netsuke.bench.shapes import SHAPES, Subject, prepare
+from netsuke.bench.shapes import SHAPES, Subject, check, prepare
 from netsuke.devices.probe import core_count
 from netsuke.errors import NetsukeError
 from netsuke.measure.machine import provenance
@@ -304,6 +304,9 @@ def measure(
         raise NetsukeError(f"compare with {unknown[0]!r}", "it is no peer", ", ".join(PEERS))
     if min(*prompts, *batches, threads, 1) < 1 or not prompts or not batches:
         raise NetsukeError("measure this", f"prompts {list(prompts)}, batches {list(batches)}", "whole numbers from 1")
+    cells = [(m, b) for m in models for b in bits]
+    for model, width in cells:  # before minutes of work
+        check(model, width)
     skipped = [why for p in peers if (why := absent(p))]
     peers = [p for p in peers if absent(p) is None]
     info = system_info() if "llama.cpp" in peers else None
@@ -316,7 +319,6 @@ def measure(
         threads, tuple(prompts), tuple(batches), QUICK_ROUNDS if quick else ROUNDS, QUICK_PROCESSES if quick else ROUNDS,
         QUICK_TURN if quick else TURN, Limits(threads, 0.2 if quick else 0.5),
     )  # fmt: skip
-    cells = [(m, b) for m in models for b in bits]
     per_cell = 2 + len(batches) + len(prompts) + 1
     done = 0
 

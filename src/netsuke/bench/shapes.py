@@ -133,13 +133,20 @@ def key_of(model: str) -> str:
     return hashlib.sha256(facts + bytes([MAKE, GROUP])).hexdigest()[:10]
 
 
+def check(model: str, bits: int) -> None:
+    """Raises NetsukeError for a width that not both sides have and for what is neither a shape nor a model."""
+    if bits not in WIDTHS:
+        raise NetsukeError(f"measure {model} at {bits} bits", "both sides need the width", ", ".join(map(str, WIDTHS)))
+    if model not in SHAPES:
+        find(model)
+
+
 def prepare(model: str, bits: int, cache: Path | None = None) -> Subject:
     """A shape's name or a model (path or shipped name) at 4, 8 or 16 bits, made if it is not in the cache.
 
     Raises NetsukeError for other widths, for what is no model, and when the cache cannot be written.
     """
-    if bits not in WIDTHS:
-        raise NetsukeError(f"measure {model} at {bits} bits", "both sides need the width", ", ".join(map(str, WIDTHS)))
+    check(model, bits)
     cache = cache or bench_cache()
     name = Path(model).name.removesuffix(SUFFIX)
     stem = f"{name}-{bits}-{key_of(model)}"
