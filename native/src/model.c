@@ -119,18 +119,18 @@ static void quantized(builder *b, ns_linear *l, const char *name, const json_nod
 
 static void linear(builder *b, ns_linear *l, const char *name, const json_node *spec, int outs, int ins, int bias, int depth);
 
-static void factors(builder *b, ns_linear *l, const char *name, const json_node *spec, int bias, int depth) {
+static void factors(builder *b, ns_linear *l, const char *name, const json_node *spec, int bias) {
   char full[128];
   int64_t rank;
-  if (depth > 1 || !json_int(json_get(b->doc, spec, "rank"), 1, (int64_t)(l->outs < l->ins ? l->outs : l->ins), &rank)) {
-    FAIL(b, "a rank from 1 to the narrower side, not nested", "the map '%s' has another rank", name);
+  if (!json_int(json_get(b->doc, spec, "rank"), 1, (int64_t)(l->outs < l->ins ? l->outs : l->ins), &rank)) {
+    FAIL(b, "a rank from 1 to the narrower side", "the map '%s' has another rank", name);
     return;
   }
   ns_linear *pair = ns_take(b->arena, 2, sizeof *pair), spare[2];
   if (!pair) pair = spare; /* counting */
   memset(pair, 0, 2 * sizeof *pair);
-  linear(b, &pair[0], join(full, name, "first"), json_get(b->doc, spec, "first"), (int)rank, l->ins, 0, depth + 1);
-  linear(b, &pair[1], join(full, name, "second"), json_get(b->doc, spec, "second"), l->outs, (int)rank, bias, depth + 1);
+  linear(b, &pair[0], join(full, name, "first"), json_get(b->doc, spec, "first"), (int)rank, l->ins, 0, 1);
+  linear(b, &pair[1], join(full, name, "second"), json_get(b->doc, spec, "second"), l->outs, (int)rank, bias, 1);
   l->first = b->arena->base ? &pair[0] : NULL;
   l->second = b->arena->base ? &pair[1] : NULL;
 }
@@ -153,9 +153,9 @@ static void linear(builder *b, ns_linear *l, const char *name, const json_node *
   } else if (json_is(kind, "quant")) {
     l->kind = NS_QUANT;
     quantized(b, l, name, spec, outs, ins, 1);
-  } else if (json_is(kind, "lowrank")) {
+  } else if (json_is(kind, "lowrank") && depth == 0) {
     l->kind = NS_LOWRANK;
-    factors(b, l, name, spec, bias, depth);
+    factors(b, l, name, spec, bias);
     return;
   } else if (json_is(kind, "sparse") && depth == 0) {
     double t;
@@ -176,9 +176,9 @@ static void linear(builder *b, ns_linear *l, const char *name, const json_node *
       l->w = tensor(b, join(full, name, "weight"), l->dtype, ins, outs, NULL);
     }
     l->norms = vector(b, join(full, name, "norms"), ins, NS_F32);
-    if (json_get(b->doc, spec, "rank")) factors(b, l, name, spec, 0, depth + 1);
+    if (json_get(b->doc, spec, "rank")) factors(b, l, name, spec, 0);
   } else {
-    FAIL(b, "dense, quant, lowrank, sparse", "the map '%s' is of an unknown kind", name);
+    FAIL(b, depth ? "dense, quant" : "dense, quant, lowrank, sparse", "the map '%s' is of an unknown kind", name);
     return;
   }
   if (!bias) return;
@@ -248,7 +248,7 @@ static int integer(builder *b, const json_node *object, const char *name, int64_
   int64_t v = fallback;
   const json_node *n = json_get(b->doc, object, name);
   if (b->failed) return fallback;
-  if (n && n->type == JSON_NULL) return fallback;
+  if (n && n->type == JSON_NULL) n = NULL;
   if (n ? !json_int(n, low, high, &v) : fallback < 0)
     FAIL(b, "a config as netsuke writes it", "'%s' is no number from %lld to %lld", name, (long long)low, (long long)high);
   return (int)v;

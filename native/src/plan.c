@@ -2,6 +2,8 @@
  * `ns_open`, so a plan is exact by construction. */
 #include "engine.h"
 
+static const uint64_t MOST_BYTES = (uint64_t)1 << 56;
+
 static uint64_t up(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
 
 uint64_t ns_kv_head_bytes(const ns_engine *e, int layer) {
@@ -28,7 +30,7 @@ ns_kv ns_kv_at(const ns_engine *e, int layer, int slot, int head) {
 
 /* What the maps of one step need of their shared input. */
 typedef struct {
-  int blocks[NS_MOST_BLOCKS], count, four, two;
+  int blocks[NS_MOST_BLOCKS], count, four, two, over; /* over: more sizes than there is room for */
 } needs;
 
 static void need_block(needs *n, const ns_linear *l) {
@@ -39,7 +41,8 @@ static void need_block(needs *n, const ns_linear *l) {
   }
   for (int i = 0; i < n->count; i++)
     if (n->blocks[i] == l->block) return;
-  if (n->count < NS_MOST_BLOCKS) n->blocks[n->count++] = l->block;
+  n->over |= n->count == NS_MOST_BLOCKS;
+  if (!n->over) n->blocks[n->count++] = l->block;
 }
 
 static void need(needs *n, const ns_linear *l) {
@@ -119,6 +122,8 @@ int ns_layout(ns_engine *e, ns_arena *a, const json *manifest, const ns_weights 
     const ns_linear *all[] = {&b->q, &b->k, &b->v, &b->gate, &b->up};
     if (e->kv_layer) e->kv_layer[i] = per_slot;
     per_slot += (uint64_t)m->kv_heads * ns_kv_head_bytes(e, (int)i);
+    if (per_slot > MOST_BYTES / slots) /* before sums could wrap around */
+      return ns_fail(error, "less context or fewer slots", "a cache of more than 2^56 bytes");
     widen(&q, (uint64_t)b->q.outs), widen(&k, (uint64_t)b->k.outs), widen(&v, (uint64_t)b->v.outs);
     widen(&y, (uint64_t)b->o.ins), widen(&f, (uint64_t)b->hidden);
     for (int j = 0; j < 5; j++) need(&normed, all[j]), look(&x, all[j]);
@@ -126,6 +131,8 @@ int ns_layout(ns_engine *e, ns_arena *a, const json *manifest, const ns_weights 
     need(&attended, &b->o), look(&x, &b->o);
     need(&hidden, &b->down), look(&x, &b->down);
   }
+  if (normed.over || attended.over || hidden.over || last.over || x.rests.over || x.middle.over)
+    return ns_fail(error, "at most 7 sizes of groups among maps that read the same input", "maps in groups of too many sizes");
   e->kv_slot = per_slot;
   e->kv = ns_take(a, slots * per_slot, 1);
   e->memory.kv_cache = a->used - mark;

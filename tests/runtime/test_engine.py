@@ -22,7 +22,7 @@ from netsuke.models.places import MANIFEST, WEIGHTS
 from netsuke.models.save import save_artifact
 from netsuke.runtime import generate as torch_runtime
 from netsuke.runtime.engine import Engine, Sampler, engine_plan, generate
-from tests.runtime.engine_cases import CASES, FLOATS, VOCAB, reference, shaped
+from tests.runtime.engine_cases import CASES, FLOATS, VOCAB, quantize, reference, shaped, swap
 
 pytest.importorskip("netsuke._native", reason="this installation has no native engine")
 
@@ -347,6 +347,12 @@ def config(**entries):
     return lambda manifest, *_: manifest["config"].update(entries)
 
 
+def nested(manifest, *_):
+    dense = {"kind": "dense", "dtype": "float32"}
+    pair = {"kind": "lowrank", "rank": 2, "first": dense, "second": dense}
+    manifest["layers"]["blocks.0.q"] = {"kind": "lowrank", "rank": 3, "first": pair, "second": dense}
+
+
 SPOILED = {
     "truncated": (lambda m, h, body: body[: len(body) // 2], "outside the file"),
     "missing": (lambda m, h, b: h.pop("blocks.1.down.codes") and None, "blocks.1.down.codes.* is missing"),
@@ -354,6 +360,7 @@ SPOILED = {
     "group": (lambda m, h, b: m["layers"]["blocks.0.q"].update(group=32), "another shape"),
     "kind": (lambda m, h, b: m["layers"]["blocks.0.q"].update(kind="dense"), "another dtype"),
     "unknown kind": (lambda m, h, b: m["layers"]["blocks.0.q"].update(kind="magic"), "unknown kind"),
+    "nested": (nested, "blocks.0.q.first' is of an unknown kind"),
     "no layer": (lambda m, h, b: m["layers"].pop("blocks.0.q") and None, "blocks.0.q"),
     "version": (lambda m, h, b: m.update(version=2), "says something else"),
     "family": (lambda m, h, b: m.update(family="mamba"), "says something else"),
@@ -374,6 +381,22 @@ def test_spoiled_artifacts(saved, tmp_path, case):
     folder = spoiled(tmp_path, saved("4-bits-64")[1], change)
     with pytest.raises(NetsukeError, match=found):
         opened(folder)
+
+
+def test_groups_of_more_sizes_than_the_engine_keeps_copies_of(tmp_path):
+    sizes = iter((64, 32, 48, 7, 5, 3, 9, 11, 13, 10))
+    leaves = ("q", "k", "v", "gate", "up")
+    model = swap(shaped(), lambda leaf, layer: quantize(layer, 4, next(sizes)) if leaf in leaves else layer)
+    folder = save_artifact(tmp_path / "sizes", model, None, {}, {})
+    with pytest.raises(NetsukeError, match="groups of too many sizes"):
+        opened(folder)
+
+
+def test_a_cache_beyond_all_memory_is_refused_by_the_plan(saved):
+    manifest = json.loads((saved("tied")[1] / MANIFEST).read_bytes())
+    manifest["config"].update(context=1 << 28, head_dim=4096, heads=4096, kv_heads=4096)
+    with pytest.raises(NetsukeError, match="cache of more than"):
+        engine_plan(manifest, slots=4096)
 
 
 def test_a_file_that_was_cut_is_named_before_it_is_mapped(saved, tmp_path):
