@@ -68,14 +68,13 @@ struct ns_engine {
   ns_extra extra[NS_MOST_OPS];
   ns_scratch scratch[NS_MOST_THREADS];
   /* the forward under way */
-  int rows, runs, wanted, fused;
+  int runs;
+  atomic_int rows, wanted, fused; /* these decide about phases, and a thread of the last forward may still look */
   const int32_t *tokens;
   const uint8_t *want;
   ns_run *run;
   int32_t *wanted_row;
   uint8_t *sparse_row, *sparse_last; /* rows whose channels may be left out */
-  atomic_int counter[3];
-  int phase[NS_MOST_THREADS * 16]; /* per thread, a cache line apart */
 };
 
 /* Sizes and, with a base, places of everything in the arena. */
@@ -84,14 +83,12 @@ int ns_layout(struct ns_engine *e, ns_arena *arena, const json *manifest, const 
 /* Products of M rows of `in` with the maps of `ops` (one step of the pass; all threads call it). `norm`: in->x is first filled
  * with the normed rows of `source`. `left_out`: rows whose channels a sparse map may leave out, or NULL. NS_SILU is for the second
  * of two maps that are ns_pairable. */
-void ns_step(struct ns_engine *e, int id, const ns_input *in, const float *source, size_t source_stride, const float *norm,
+void ns_step(struct ns_engine *e, ns_turn *turn, const ns_input *in, const float *source, size_t source_stride, const float *norm,
              const ns_op *ops, int count, int M, const uint8_t *left_out);
 int ns_pairable(const ns_linear *a, const ns_linear *b);
-int ns_next(struct ns_engine *e, int id);                        /* begins a phase with a shared counter */
-void ns_attention(struct ns_engine *e, int id, int layer);
 ns_kv ns_kv_at(const struct ns_engine *e, int layer, int slot, int head);
 uint64_t ns_kv_head_bytes(const struct ns_engine *e, int layer); /* keys and values of one key head, one slot */
 
-void ns_forward_job(void *engine, int id);
+void ns_forward_job(void *engine, ns_turn *turn);
 
 #endif

@@ -1,22 +1,28 @@
-/* The forward pass of models/llama.py. All threads run it side by side and meet between steps. */
+/* The forward pass of models/llama.py. All threads go through it side by side and share out the units of every phase. */
 #include <math.h>
 
 #include "engine.h"
 
-static void embed(ns_engine *e, int id) {
+/* The run that row r belongs to. */
+static const ns_run *run_of(const ns_engine *e, int r) {
+  const ns_run *run = e->run;
+  while (r >= run->row + run->count) run++;
+  return run;
+}
+
+static void embed(ns_engine *e, ns_turn *t, int M) {
   const ns_model *m = &e->model;
-  int half = m->head_dim / 2;
-  for (int run = 0; run < e->runs; run++)
-    for (int i = 0; i < e->run[run].count; i++) {
-      int r = e->run[run].row + i;
-      if (r % e->threads != id) continue;
-      e->k->row(&m->embed, e->tokens[r], e->x + (size_t)r * (size_t)m->width);
-      float position = (float)(e->run[run].start + i);
-      for (int j = 0; j < half; j++) {
-        e->cosine[(size_t)r * (size_t)half + (size_t)j] = cosf(position * m->frequency[j]) * m->rope_scale;
-        e->sine[(size_t)r * (size_t)half + (size_t)j] = sinf(position * m->frequency[j]) * m->rope_scale;
-      }
+  size_t half = (size_t)m->head_dim / 2;
+  NS_UNITS(t, M, M / (e->threads * 4) + 1, r) {
+    const ns_run *run = run_of(e, r);
+    e->k->row(&m->embed, e->tokens[r], e->x + (size_t)r * (size_t)m->width);
+    float position = (float)(run->start + r - run->row);
+    for (size_t j = 0; j < half; j++) {
+      e->cosine[(size_t)r * half + j] = cosf(position * m->frequency[j]) * m->rope_scale;
+      e->sine[(size_t)r * half + j] = sinf(position * m->frequency[j]) * m->rope_scale;
     }
+  }
+  ns_pass(t, M);
 }
 
 /* Turns one head of row r; `head` counts key heads. `turned` has room for cos and sin of a cut head. */
@@ -72,68 +78,77 @@ static void attend(ns_engine *e, int id, int layer, const ns_run *run, int first
 
 enum { STRETCH = 16 }; /* rows of a prompt that one thread takes at a time */
 
-void ns_attention(ns_engine *e, int id, int layer) {
+static void attention(ns_engine *e, ns_turn *t, int layer, int M, int fused) {
   int heads = e->model.kv_heads;
-  if (!e->fused) { /* a prompt's rows see one another: all keys first */
-    for (int run = 0, unit = 0; run < e->runs; run++)
-      for (int i = 0; i < e->run[run].count; i++)
-        for (int h = 0; h < heads; h++, unit++)
-          if (unit % e->threads == id) remember(e, id, layer, &e->run[run], i, h);
-    ns_pool_meet(&e->pool);
+  if (fused) { /* one row per sequence */
+    NS_UNITS(t, M * heads, 1, u) {
+      const ns_run *run = &e->run[u / heads];
+      remember(e, t->id, layer, run, 0, u % heads);
+      attend(e, t->id, layer, run, 0, 1, u % heads);
+    }
+    ns_pass(t, M * heads);
+    return;
   }
-  int counter = ns_next(e, id), mine = atomic_fetch_add(&e->counter[counter], 1), unit = 0;
-  for (int run = 0; run < e->runs; run++)
-    for (int first = e->run[run].count - 1; first >= 0; first -= STRETCH) /* the longest stretches first */
-      for (int h = 0; h < heads; h++, unit++) {
-        if (unit != mine) continue;
-        int start = first - STRETCH + 1 > 0 ? first - STRETCH + 1 : 0;
-        if (e->fused) remember(e, id, layer, &e->run[run], 0, h);
-        attend(e, id, layer, &e->run[run], start, first - start + 1, h);
-        mine = atomic_fetch_add(&e->counter[counter], 1);
-      }
-  ns_pool_meet(&e->pool);
+  /* a prompt's rows see one another: all keys first */
+  NS_UNITS(t, M * heads, M * heads / (e->threads * 8) + 1, u) {
+    const ns_run *run = run_of(e, u / heads);
+    remember(e, t->id, layer, run, u / heads - run->row, u % heads);
+  }
+  ns_pass(t, M * heads);
+  /* stretches of rows counted from the end of all rows, since later rows see more and should not be drawn last */
+  int stretches = (M + STRETCH - 1) / STRETCH;
+  NS_UNITS(t, stretches * heads, 1, u) {
+    int last = M - u / heads * STRETCH, first = last > STRETCH ? last - STRETCH : 0;
+    while (first < last) { /* a stretch may touch several sequences */
+      const ns_run *run = run_of(e, first);
+      int end = run->row + run->count < last ? run->row + run->count : last;
+      attend(e, t->id, layer, run, first - run->row, end - first, u % heads);
+      first = end;
+    }
+  }
+  ns_pass(t, stretches * heads);
 }
 
-static void feed_forward(ns_engine *e, int id, const ns_block *b, int M) {
+static void feed_forward(ns_engine *e, ns_turn *t, const ns_block *b, int M) {
   const ns_model *m = &e->model;
   size_t wide = e->hidden.stride;
   if (ns_pairable(&b->gate, &b->up)) {
     ns_op ops[] = {{&b->gate, e->hidden.x, wide, NS_STORE}, {&b->up, e->hidden.x, wide, NS_SILU}};
-    ns_step(e, id, &e->normed, e->x, (size_t)m->width, b->mlp_norm, ops, 2, M, e->sparse_row);
+    ns_step(e, t, &e->normed, e->x, (size_t)m->width, b->mlp_norm, ops, 2, M, e->sparse_row);
     return;
   }
   ns_op ops[] = {{&b->gate, e->hidden.x, wide, NS_STORE}, {&b->up, e->up, wide, NS_STORE}};
-  ns_step(e, id, &e->normed, e->x, (size_t)m->width, b->mlp_norm, ops, 2, M, e->sparse_row);
-  for (int r = id; r < M; r += e->threads) e->k->silu_mul(e->hidden.x + (size_t)r * wide, e->up + (size_t)r * wide, b->hidden);
-  ns_pool_meet(&e->pool);
+  ns_step(e, t, &e->normed, e->x, (size_t)m->width, b->mlp_norm, ops, 2, M, e->sparse_row);
+  NS_UNITS(t, M, 1, r) e->k->silu_mul(e->hidden.x + (size_t)r * wide, e->up + (size_t)r * wide, b->hidden);
+  ns_pass(t, M);
 }
 
-void ns_forward_job(void *argument, int id) {
+void ns_forward_job(void *argument, ns_turn *t) {
   ns_engine *e = argument;
   const ns_model *m = &e->model;
   size_t C = (size_t)m->width;
-  int M = e->rows;
-  embed(e, id);
-  ns_pool_meet(&e->pool);
+  int M = atomic_load_explicit(&e->rows, memory_order_relaxed), wanted = atomic_load_explicit(&e->wanted, memory_order_relaxed);
+  int fused = atomic_load_explicit(&e->fused, memory_order_relaxed);
+  embed(e, t, M);
   for (int i = 0; i < m->layers; i++) {
     const ns_block *b = &m->blocks[i];
     ns_op qkv[] = {{&b->q, e->q, (size_t)b->q.outs, NS_STORE}, {&b->k, e->kk, (size_t)b->k.outs, NS_STORE},
                    {&b->v, e->v, (size_t)b->v.outs, NS_STORE}};
-    ns_step(e, id, &e->normed, e->x, C, b->attn_norm, qkv, 3, M, e->sparse_row);
-    ns_attention(e, id, i);
+    ns_step(e, t, &e->normed, e->x, C, b->attn_norm, qkv, 3, M, e->sparse_row);
+    attention(e, t, i, M, fused);
     ns_op o = {&b->o, e->x, C, NS_ADD}, down = {&b->down, e->x, C, NS_ADD};
-    ns_step(e, id, &e->attended, NULL, 0, NULL, &o, 1, M, e->sparse_row);
-    feed_forward(e, id, b, M);
-    ns_step(e, id, &e->hidden, NULL, 0, NULL, &down, 1, M, e->sparse_row);
+    ns_step(e, t, &e->attended, NULL, 0, NULL, &o, 1, M, e->sparse_row);
+    feed_forward(e, t, b, M);
+    ns_step(e, t, &e->hidden, NULL, 0, NULL, &down, 1, M, e->sparse_row);
   }
-  if (!e->wanted) return;
-  /* the rows whose logits are asked for move to the front, then the head */
-  if (id == 0)
-    for (int i = 0; i < e->wanted; i++) {
+  if (!wanted) return;
+  NS_UNITS(t, 1, 1, u) { /* the rows whose logits are asked for move to the front, then the head */
+    for (int i = u; i < wanted; i++) {
       e->sparse_last[i] = e->sparse_row[e->wanted_row[i]];
       memmove(e->x + (size_t)i * C, e->x + (size_t)e->wanted_row[i] * C, C * sizeof(float));
     }
-  ns_pool_meet(&e->pool);
+  }
+  ns_pass(t, 1);
   ns_op head = {m->tied ? &m->embed : &m->head, e->logits, (size_t)m->vocab, NS_STORE};
-  ns_step(e, id, &e->last, e->x, C, m->norm, &head, 1, e->wanted, e->sparse_last);
+  ns_step(e, t, &e->last, e->x, C, m->norm, &head, 1, wanted, e->sparse_last);
 }

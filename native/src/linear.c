@@ -3,18 +3,6 @@
 
 #include "engine.h"
 
-/* Phases in which threads draw units of work from a counter. Of three counters one is in use, one may still be looked at by a
- * thread that is late, and one is set back. Returns the index of the one to use. */
-int ns_next(ns_engine *e, int id) {
-  int n = e->phase[id * 16] = (e->phase[id * 16] + 1) % 3;
-  if (id == 0) atomic_store_explicit(&e->counter[(n + 1) % 3], 0, memory_order_relaxed);
-  return n;
-}
-
-static int draw(ns_engine *e, int counter, int count) {
-  return atomic_fetch_add_explicit(&e->counter[counter], count, memory_order_relaxed);
-}
-
 static const ns_act *act_of(const ns_input *in, int block) {
   for (int i = 0; i < in->acts; i++)
     if (in->act[i].block == block) return &in->act[i];
@@ -49,18 +37,19 @@ static void clear_tail(const ns_input *in, int m) {
 
 /* Fills the input: norms the source if asked to, makes the int8 copies. Rows are divided among threads; few rows are cut into
  * pieces of whole blocks. */
-static void prepare(ns_engine *e, int id, const ns_input *in, const float *source, size_t stride, const float *norm, int M) {
-  int parts = M >= 2 * e->threads || in->ins < 512 ? 1 : e->threads;
+static void prepare(ns_engine *e, ns_turn *t, const ns_input *in, const float *source, size_t stride, const float *norm, int M) {
+  int parts = M >= 2 * e->threads || in->ins < 1024 ? 1 : e->threads;
   for (int i = 0; i < in->acts; i++)
     if (64 % in->act[i].block) parts = 1;
-  int width = ((in->ins + parts - 1) / parts + 63) & ~63;
-  for (int unit = id; unit < M * parts; unit += e->threads) {
+  int width = ((in->ins + parts - 1) / parts + 63) & ~63, units = M * parts;
+  NS_UNITS(t, units, units / (e->threads * 8) + 1, unit) {
     int m = unit / parts, from = unit % parts * width, to = from + width < in->ins ? from + width : in->ins;
     if (from >= to) continue;
     if (norm) e->k->rmsnorm(source + (size_t)m * stride, norm, e->model.eps, in->ins, from, to, in->x + (size_t)m * in->stride);
     if (to == in->ins) clear_tail(in, m);
     quantize(e, in, m, from, to, M);
   }
+  ns_pass(t, units);
 }
 
 /* The channels of a sparse map for these rows: those that any row needs. A row takes nothing from a channel that it left out. */
@@ -150,25 +139,23 @@ static void run_unit(ns_engine *e, const ns_op *op, const ns_input *in, const ns
 
 /* All units of some maps; `paired` maps are equal in shape and a unit is the same rows of each, so that the second can use what
  * the first wrote. */
-static void run_maps(ns_engine *e, int id, const ns_op *ops, const ns_input *const *in, int count, int M, int paired) {
-  int first[NS_MOST_OPS + 1] = {0}, counter = ns_next(e, id);
+static void run_maps(ns_engine *e, ns_turn *t, const ns_op *ops, const ns_input *const *in, int count, int M, int paired) {
+  int first[NS_MOST_OPS + 1] = {0};
   for (int i = 0; i < count; i++) {
     int width = unit_width(e, ops[i].l, M);
     first[i + 1] = first[i] + (ops[i].l->outs + width - 1) / width;
   }
-  int units = paired ? first[1] : first[count], chunk = units / (e->threads * 12) + 1;
-  if (e->threads == 1) chunk = units;
-  for (int from; (from = draw(e, counter, chunk)) < units;)
-    for (int u = from; u < units && u < from + chunk; u++) {
-      if (paired) {
-        for (int i = 0; i < count; i++) run_unit(e, &ops[i], in[i], &e->extra[i], &e->scratch[id], u, M);
-        continue;
-      }
+  int units = paired ? first[1] : first[count], chunk = e->threads == 1 ? units : units / (e->threads * 12) + 1;
+  NS_UNITS(t, units, chunk, u) {
+    if (paired) {
+      for (int i = 0; i < count; i++) run_unit(e, &ops[i], in[i], &e->extra[i], &e->scratch[t->id], u, M);
+    } else {
       int i = 0;
       while (u >= first[i + 1]) i++;
-      run_unit(e, &ops[i], in[i], &e->extra[i], &e->scratch[id], u - first[i], M);
+      run_unit(e, &ops[i], in[i], &e->extra[i], &e->scratch[t->id], u - first[i], M);
     }
-  ns_pool_meet(&e->pool);
+  }
+  ns_pass(t, units);
 }
 
 int ns_pairable(const ns_linear *a, const ns_linear *b) {
@@ -176,7 +163,7 @@ int ns_pairable(const ns_linear *a, const ns_linear *b) {
   return plain && (a->kind == NS_SPARSE) == (b->kind == NS_SPARSE) && (a->kind == NS_DENSE) == (b->kind == NS_DENSE);
 }
 
-void ns_step(ns_engine *e, int id, const ns_input *shared, const float *source, size_t stride, const float *norm, const ns_op *ops,
+void ns_step(ns_engine *e, ns_turn *t, const ns_input *shared, const float *source, size_t stride, const float *norm, const ns_op *ops,
              int count, int M, const uint8_t *left_out) {
   ns_input in = shaped(shared, ops[0].l->ins, M), rest[NS_MOST_OPS], middle[NS_MOST_OPS];
   const ns_input *input[NS_MOST_OPS] = {&in}, *low_in[NS_MOST_OPS], *add_in[NS_MOST_OPS];
@@ -202,22 +189,20 @@ void ns_step(ns_engine *e, int id, const ns_input *shared, const float *source, 
       input[i] = &middle[i];
     }
   }
-  prepare(e, id, &in, source, stride, norm, M);
-  ns_pool_meet(&e->pool);
+  prepare(e, t, &in, source, stride, norm, M);
   if (sparse) {
-    for (int i = id; i < count; i += e->threads)
+    NS_UNITS(t, count, 1, i) {
       if (ops[i].l->kind == NS_SPARSE) pick(&e->extra[i], ops[i].l, &in, M, left_out);
-    ns_pool_meet(&e->pool);
+    }
+    ns_pass(t, count);
   }
   if (lows) {
     for (int i = 0; i < lows; i++)
-      if (low_in[i] != &in) prepare(e, id, low_in[i], NULL, 0, NULL, M);
-    ns_pool_meet(&e->pool);
-    run_maps(e, id, low, low_in, lows, M, 0);
+      if (low_in[i] != &in) prepare(e, t, low_in[i], NULL, 0, NULL, M);
+    run_maps(e, t, low, low_in, lows, M, 0);
     for (int i = 0; i < count; i++)
-      if (ops[i].l->first) prepare(e, id, &middle[i], NULL, 0, NULL, M);
-    ns_pool_meet(&e->pool);
+      if (ops[i].l->first) prepare(e, t, &middle[i], NULL, 0, NULL, M);
   }
-  run_maps(e, id, main, input, count, M, ops[count - 1].mode == NS_SILU);
-  if (adds) run_maps(e, id, add, add_in, adds, M, 0);
+  run_maps(e, t, main, input, count, M, ops[count - 1].mode == NS_SILU);
+  if (adds) run_maps(e, t, add, add_in, adds, M, 0);
 }

@@ -24,8 +24,7 @@ static double now(void) {
 }
 
 /* A page behind another is read ahead of the sum: what a kernel that knows its weights can do. */
-static void read_job(void *argument, int id) {
-  rates *r = argument;
+static void read_part(rates *r, int id) {
   size_t part = r->words / (size_t)r->threads / 64 * 64;
   const uint64_t *p = r->data + part * (size_t)id;
   uint64_t s[8] = {0};
@@ -35,6 +34,12 @@ static void read_job(void *argument, int id) {
       for (int l = 0; l < 8; l++) s[l] |= p[i + (size_t)(j + l)];
   }
   for (int l = 0; l < 8; l++) r->sums[id * 8] |= s[l];
+}
+
+static void read_job(void *argument, ns_turn *t) {
+  rates *r = argument;
+  NS_UNITS(t, r->threads, 1, u) read_part(r, u);
+  ns_pass(t, r->threads);
 }
 
 double ns_read_rate(size_t bytes, int threads, double seconds) {
@@ -56,9 +61,10 @@ double ns_read_rate(size_t bytes, int threads, double seconds) {
   return best;
 }
 
-static void burst_job(void *argument, int id) {
+static void burst_job(void *argument, ns_turn *t) {
   rates *r = argument;
-  r->work[id] = r->k->int8_burst(200000);
+  NS_UNITS(t, r->threads, 1, u) r->work[u] = r->k->int8_burst(200000);
+  ns_pass(t, r->threads);
 }
 
 double ns_int8_rate(int threads, double seconds) {

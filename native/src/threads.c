@@ -2,7 +2,7 @@
 
 #include <sched.h>
 
-enum { SPINS = 4000, LONG_SPINS = 40000 }; /* about 0.1 ms at barriers before the core is offered to others, 1 ms between jobs */
+enum { SPINS = 2000, LONG_SPINS = 40000 }; /* before the core is offered to others; before an idle thread sleeps, about a millisecond */
 
 static inline void pause_cpu(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -12,25 +12,41 @@ static inline void pause_cpu(void) {
 #endif
 }
 
-void ns_pool_meet(ns_pool *p) {
-  if (p->threads == 1) return;
-  unsigned phase = atomic_load_explicit(&p->phase, memory_order_relaxed);
-  if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == p->threads - 1) {
-    atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
-    atomic_store_explicit(&p->phase, phase + 1, memory_order_release);
-    return;
+static const uint64_t CLOSED = 0xffff; /* a phase that no job reaches */
+
+int ns_draw(ns_turn *t, int total, int chunk, int *from) {
+  uint64_t v = atomic_load_explicit(&t->pool->ticket, memory_order_acquire);
+  for (;;) {
+    int next = (int)(v & 0xffffff);
+    if (v >> 24 != t->place || next >= total) return 0;
+    int n = total - next < chunk ? total - next : chunk;
+    if (atomic_compare_exchange_weak_explicit(&t->pool->ticket, &v, v + (uint64_t)n, memory_order_acq_rel, memory_order_acquire)) {
+      *from = next;
+      return n;
+    }
   }
-  for (int spins = 0; atomic_load_explicit(&p->phase, memory_order_acquire) == phase; spins++) {
+}
+
+void ns_done(ns_turn *t, int n, int total) {
+  if (atomic_fetch_add_explicit(&t->pool->done, n, memory_order_acq_rel) + n < total) return;
+  atomic_store_explicit(&t->pool->done, 0, memory_order_relaxed);
+  atomic_store_explicit(&t->pool->ticket, (t->place + 1) << 24, memory_order_release);
+}
+
+void ns_pass(ns_turn *t, int total) {
+  if (total <= 0) return; /* nothing was to be done: no phase */
+  for (int spins = 0; atomic_load_explicit(&t->pool->ticket, memory_order_acquire) >> 24 == t->place; spins++) {
     if (spins < SPINS) pause_cpu();
     else sched_yield();
   }
+  t->place++;
 }
 
 static void *work(void *argument) {
   ns_worker *me = argument;
   ns_pool *p = me->pool;
-  for (unsigned seen = 0;; seen++) {
-    for (int spins = 0; atomic_load_explicit(&p->turn, memory_order_acquire) == seen; spins++) {
+  for (unsigned seen = 0, turn;;) {
+    for (int spins = 0; (turn = atomic_load_explicit(&p->turn, memory_order_acquire)) == seen; spins++) {
       if (spins < LONG_SPINS) {
         pause_cpu();
         continue;
@@ -41,29 +57,33 @@ static void *work(void *argument) {
       atomic_fetch_sub(&p->asleep, 1);
       pthread_mutex_unlock(&p->lock);
     }
+    seen = turn;
     if (atomic_load(&p->stop)) return NULL;
-    p->job(p->argument, me->id);
-    ns_pool_meet(p);
+    ns_turn t = {p, me->id, (uint64_t)(turn & 0xffffff) << 16};
+    p->job(p->argument, &t);
   }
 }
 
-void ns_pool_run(ns_pool *p, void (*job)(void *, int), void *argument) {
-  p->job = job;
+void ns_pool_run(ns_pool *p, ns_job job, void *argument) {
+  unsigned turn = atomic_load_explicit(&p->turn, memory_order_relaxed) + 1;
+  ns_turn t = {p, 0, (uint64_t)(turn & 0xffffff) << 16};
+  p->job = job; /* one pool runs one job with one argument, so late threads read what they had */
   p->argument = argument;
-  atomic_fetch_add(&p->turn, 1);
+  atomic_store_explicit(&p->ticket, t.place << 24, memory_order_release);
+  atomic_store(&p->turn, turn);
   if (atomic_load(&p->asleep)) {
     pthread_mutex_lock(&p->lock);
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->lock);
   }
-  job(argument, 0);
-  ns_pool_meet(p);
+  job(argument, &t);
+  atomic_store_explicit(&p->ticket, (t.place | CLOSED) << 24, memory_order_release);
 }
 
 int ns_pool_open(ns_pool *p, int threads) {
   atomic_init(&p->turn, 0);
-  atomic_init(&p->arrived, 0);
-  atomic_init(&p->phase, 0);
+  atomic_init(&p->ticket, CLOSED << 24);
+  atomic_init(&p->done, 0);
   atomic_init(&p->stop, 0);
   atomic_init(&p->asleep, 0);
   p->threads = threads;

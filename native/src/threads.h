@@ -1,14 +1,24 @@
-/* A pool whose threads run one function side by side and meet at barriers. Waiting threads spin for a while: a decoder meets
- * hundreds of times per token, and waking a thread costs more than most of its phases. */
+/* A pool whose threads share out the work of one function, phase after phase.
+ *
+ * A phase is over when its units are done, not when every thread has come by: a thread that the system has put aside holds
+ * nobody up unless it was in the middle of a unit, and skips what was done without it when it comes back. Threads that wait
+ * spin for a while, since a decoder has hundreds of phases per token and waking a thread costs more than most of them. */
 #ifndef NS_THREADS_H
 #define NS_THREADS_H
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdint.h>
 
 enum { NS_MOST_THREADS = 64 };
 
 typedef struct ns_pool ns_pool;
+typedef struct { /* where one thread is in the present job */
+  ns_pool *pool;
+  int id;
+  uint64_t place; /* job and phase, as in the ticket */
+} ns_turn;
+typedef void (*ns_job)(void *argument, ns_turn *turn);
 typedef struct {
   ns_pool *pool;
   int id;
@@ -16,11 +26,11 @@ typedef struct {
 
 struct ns_pool {
   int threads, started;
-  void (*job)(void *, int);
+  ns_job job;
   void *argument;
-  atomic_uint turn;           /* grows with every job */
-  atomic_int arrived;
-  atomic_uint phase;
+  _Atomic uint64_t ticket; /* job (24 bits), phase (16), next unit (24) */
+  atomic_int done;         /* units of the phase that are finished */
+  atomic_uint turn;        /* grows with every job */
   atomic_int stop, asleep;
   pthread_mutex_t lock;
   pthread_cond_t wake;
@@ -30,7 +40,19 @@ struct ns_pool {
 
 int ns_pool_open(ns_pool *pool, int threads); /* 0, or -1 when the system gives no threads */
 void ns_pool_close(ns_pool *pool);
-void ns_pool_run(ns_pool *pool, void (*job)(void *, int), void *argument); /* the caller is thread 0 */
-void ns_pool_meet(ns_pool *pool);                                          /* all threads of the job wait for one another */
+/* The caller is thread 0 and returns when all phases are over. What `argument` points to may change before and after, but a
+ * late thread may still read it then: what decides about phases has to be atomic. */
+void ns_pool_run(ns_pool *pool, ns_job job, void *argument);
+
+/* One phase: all threads call ns_draw with the same `total` until it returns 0, do the `n` units from `*from`, report them with
+ * ns_done, and call ns_pass. */
+int ns_draw(ns_turn *turn, int total, int chunk, int *from);
+void ns_done(ns_turn *turn, int n, int total);
+void ns_pass(ns_turn *turn, int total);
+
+/* The units `u` that fall to this thread, one after the other; ns_pass has to follow. */
+#define NS_UNITS(turn, total, chunk, u)                                                                       \
+  for (int from_ = 0, n_ = 0; (n_ = ns_draw(turn, total, chunk, &from_)) != 0; ns_done(turn, n_, total)) \
+    for (int u = from_; u < from_ + n_; u++)
 
 #endif

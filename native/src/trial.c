@@ -12,26 +12,25 @@ typedef struct {
   ns_act act;
   ns_picked picked;
   int threads, sparse, unit;
-  ns_pool *pool;
-  atomic_int next;
   float *x, *y, *out[NS_MOST_THREADS];
   void *panel[NS_MOST_THREADS];
   int32_t *sums[NS_MOST_THREADS];
 } trial;
 
-static void product(void *argument, int id) {
+static void product(void *argument, ns_turn *turn) {
   trial *t = argument;
+  int id = turn->id;
   const ns_linear *l = &t->l;
   int units = (l->outs + t->unit - 1) / t->unit, chunk = t->sparse ? 1 : units / (t->threads * 12) + 1;
-  for (int from; (from = atomic_fetch_add(&t->next, chunk)) < units;)
-    for (int u = from; u < units && u < from + chunk; u++) {
+  NS_UNITS(turn, units, chunk, u) {
       int row = u * t->unit, rows = l->outs - row < t->unit ? l->outs - row : t->unit;
       if (t->sparse && l->bits) t->k->sparse_quant(l, row, rows, &t->picked, 1, t->out[id], t->sums[id]);
       else if (t->sparse) t->k->sparse_dense(l, row, rows, &t->picked, 1, t->out[id]);
       else if (l->bits) t->k->quant_few(l, row, rows, &t->act, 1, t->out[id], t->panel[id]);
       else t->k->dense(l, row, rows, t->x, (size_t)l->ins, 1, t->out[id]);
       memcpy(t->y + row, t->out[id], (size_t)rows * sizeof(float));
-    }
+  }
+  ns_pass(turn, units);
 }
 
 static double now(void) {
@@ -89,7 +88,6 @@ int ns_sparse_trial(int outs, int ins, int bits, double share, int threads, int 
     for (int g = 0; g < groups; g++) scale[g] = 0.01f, sum[g] = 100;
     t->k = ns_kernels_named(NULL);
     t->threads = threads;
-    t->pool = &pool;
     t->x = x;
     t->y = y;
     t->act = (ns_act){64, groups, ins, 0, q, q, q, scale, sum};
@@ -111,7 +109,6 @@ int ns_sparse_trial(int outs, int ins, int bits, double share, int threads, int 
         t->l.row_bytes = ((size_t)(s ? outs : ins) * (size_t)bits + 7) / 8;
         t->sparse = s;
         t->unit = s ? stripe : NS_PANEL;
-        atomic_store(&t->next, 0);
         double begin = now();
         ns_pool_run(&pool, product, t);
         if (round >= 0) times[s * rounds + round] = now() - begin;

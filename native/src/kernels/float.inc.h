@@ -20,8 +20,11 @@ INLINE void dot_tile(w_loader load, int size, const uint8_t *const *w, int ins, 
   v16 acc[8][6];
   UNROLL(8) for (int r = 0; r < R; r++) UNROLL(6) for (int n = 0; n < N; n++) acc[r][n] = v_set(0);
   int full = ins & ~15;
+  size_t ahead = (size_t)R * (size_t)ins * (size_t)size; /* the rows after these follow in memory */
   for (int k = 0; k < full; k += 16) {
     v16 wv[8];
+    if (N <= 2 && k * size % 64 == 0)
+      UNROLL(8) for (int r = 0; r < R; r++) __builtin_prefetch(w[r] + ahead + (size_t)k * (size_t)size);
     UNROLL(8) for (int r = 0; r < R; r++) wv[r] = load(w[r], (size_t)k);
     UNROLL(6) for (int n = 0; n < N; n++) {
       v16 xv = v_load(x + (size_t)n * xstride + k);

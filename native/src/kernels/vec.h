@@ -147,6 +147,18 @@ INLINE v16 v_where(v16 x, int from, int to, float other) {
 #endif
 
 /* The same tree everywhere: lanes 8 apart, then 4, 2, 1. */
+#if defined(NS_AVX512) || defined(NS_AVX2)
+INLINE float v_sum(v16 x) {
+#ifdef NS_AVX512
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+#else
+  __m256 h = _mm256_add_ps(x.a, x.b);
+#endif
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+#else
 INLINE float v_sum(v16 x) {
   float a[16];
   v_store(a, x);
@@ -154,6 +166,7 @@ INLINE float v_sum(v16 x) {
     for (int i = 0; i < n; i++) a[i] += a[i + n];
   return a[0];
 }
+#endif
 INLINE float v_most(v16 x) {
   float a[16];
   v_store(a, x);
