@@ -8,7 +8,7 @@ export NETSUKE_DATA ?= $(abspath $(wildcard ../shared/data))
 
 PROMPT := 'class Stack:\n    """A simple stack."""\n\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self'
 
-.PHONY: demo test lint bench pages clean
+.PHONY: demo test lint bench pages fuzz clean
 
 .venv/ready: constraints.txt pyproject.toml $(shell find native -name "*.[ch]" -o -name "*.cpp" -o -name CMakeLists.txt)
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,14 @@ pages: .venv/ready
 	(echo '$$ make demo'; COLUMNS=110 $(MAKE) -s demo 2>&1) > docs/demo.part && mv docs/demo.part docs/demo.txt
 	$(BIN)/netsuke reproduce --page
 	$(BIN)/python benchmarks/pages.py
+
+# The native engine on spoiled artifacts, under sanitizers (2 minutes; needs cmake and a C compiler only)
+FUZZ_COUNT ?= 200000
+FUZZ_SEED ?= 1
+fuzz:
+	cmake -S native -B build/native-tests/sanitized -DNS_PYTHON=OFF -DNS_TESTS=ON -DNS_SANITIZE=address,undefined
+	cmake --build build/native-tests/sanitized --target fuzz
+	build/native-tests/sanitized/fuzz $(FUZZ_SEED) $(FUZZ_COUNT)
 
 clean:
 	rm -rf .venv $(OUT) build
