@@ -185,6 +185,21 @@ static size_t find(const bytes *b, const char *first, const char *more, size_t *
   return 0;
 }
 
+/* An object or array that starts at a random place; its length, or 0. */
+static size_t part(const bytes *b, size_t *at) {
+  size_t start = below(b->size), p = 0, i = 0;
+  for (; i < b->size; i++) {
+    p = (start + i) % b->size;
+    if (b->at[p] == '{' || b->at[p] == '[') break;
+  }
+  int depth = 0;
+  for (size_t n = p; i < b->size && n < b->size; n++) {
+    depth += (b->at[n] == '{' || b->at[n] == '[') - (b->at[n] == '}' || b->at[n] == ']');
+    if (depth == 0) return *at = p, n + 1 - p;
+  }
+  return 0;
+}
+
 static const char DIGITS[] = "0123456789", NUMBER[] = "0123456789.eE+-";
 static const char NAME[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789.";
 
@@ -197,7 +212,7 @@ static void mutate_text(bytes *b, const bytes *other) {
   uint8_t copy[4096];
   size_t at, n, to, m;
   if (!b->size) return;
-  switch (below(12)) {
+  switch (below(14)) {
     case 0: b->at[below(b->size)] ^= (uint8_t)(1u << below(8)); break;
     case 1: b->at[below(b->size)] = (uint8_t)draw(); break;
     case 2: at = below(b->size), replace(b, at, below(b->size - at < 40 ? b->size - at : 40), "", 0); break;
@@ -223,7 +238,14 @@ static void mutate_text(bytes *b, const bytes *other) {
       n = find(b, NAME, NAME, &at), m = find(other, NAME, NAME, &to);
       if (n && m) replace(b, at, n, other->at + to, m);
       break;
-    case 8: /* a number a little larger or smaller */
+    case 8: /* one object or list in the place of another */
+      if (below(2)) other = b;
+      n = part(b, &at), m = part(other, &to);
+      if (!n || !m || m > sizeof copy) break;
+      memcpy(copy, other->at + to, m);
+      replace(b, at, n, copy, m);
+      break;
+    case 9: /* a number a little larger or smaller */
       n = find(b, DIGITS, DIGITS, &at);
       if (n) b->at[at + n - 1] = (uint8_t)('0' + below(10));
       break;
