@@ -2,7 +2,7 @@
  * `ns_open`, so a plan is exact by construction. */
 #include "engine.h"
 
-static const uint64_t MOST_BYTES = (uint64_t)1 << 56;
+static const uint64_t MOST_BYTES = (uint64_t)1 << 56, MOST_UNITS = 1 << 24; /* of work in a phase, as threads.c counts them */
 
 static uint64_t up(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
 
@@ -101,6 +101,8 @@ int ns_layout(ns_engine *e, ns_arena *a, const json *manifest, const ns_weights 
   if (ns_model_read(m, a, manifest, w, error)) return -1;
   if (!m->blocks) return 0; /* counting the tables only */
   uint64_t rows = (uint64_t)e->o.rows, slots = (uint64_t)e->o.slots, layers = (uint64_t)m->layers;
+  if (rows * (uint64_t)m->kv_heads >= MOST_UNITS)
+    return ns_fail(error, "rows times key heads below 2^24", "%d rows of %d key heads", e->o.rows, m->kv_heads);
   e->length = ns_take(a, slots, sizeof(int32_t));
   e->kv_layer = ns_take(a, layers, sizeof(uint64_t));
   e->run = ns_take(a, rows, sizeof(ns_run));

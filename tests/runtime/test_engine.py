@@ -392,11 +392,13 @@ def test_groups_of_more_sizes_than_the_engine_keeps_copies_of(tmp_path):
         opened(folder)
 
 
-def test_a_cache_beyond_all_memory_is_refused_by_the_plan(saved):
+def test_sizes_beyond_all_machines_are_refused_by_the_plan(saved):
     manifest = json.loads((saved("tied")[1] / MANIFEST).read_bytes())
     manifest["config"].update(context=1 << 28, head_dim=4096, heads=4096, kv_heads=4096)
     with pytest.raises(NetsukeError, match="cache of more than"):
         engine_plan(manifest, slots=4096)
+    with pytest.raises(NetsukeError, match="65536 rows of 4096 key heads"):
+        engine_plan(manifest, chunk=65536)
 
 
 def test_a_file_that_was_cut_is_named_before_it_is_mapped(saved, tmp_path):
