@@ -17,6 +17,12 @@ static int cores(void) {
   return n < 1 ? 1 : n > NS_MOST_THREADS ? NS_MOST_THREADS : (int)n;
 }
 
+static ns_engine *new_engine(void) {
+  void *e = NULL;
+  if (posix_memalign(&e, 64, sizeof(ns_engine))) return NULL; /* the pool keeps cache lines apart */
+  return memset(e, 0, sizeof(ns_engine));
+}
+
 /* Options with defaults filled in and checked against the model. */
 static int settle(ns_engine *e, const ns_options *o, ns_error *error) {
   e->o = *o;
@@ -71,7 +77,7 @@ static int build(ns_engine *e, const json *manifest, const ns_weights *w, int on
 
 int ns_plan(const char *manifest, size_t length, const ns_options *options, ns_memory *memory, ns_error *error) {
   json doc;
-  ns_engine *e = calloc(1, sizeof *e);
+  ns_engine *e = new_engine();
   if (!e) return ns_fail(error, "free memory", "no memory");
   int failed = settle(e, options, error);
   if (!failed && json_parse(&doc, manifest, length)) failed = ns_fail(error, "a manifest as netsuke writes it", "the manifest is no JSON");
@@ -88,7 +94,7 @@ int ns_open_memory(ns_engine **out, const char *manifest, size_t length, const v
                    ns_error *error) {
   json doc;
   ns_weights w;
-  ns_engine *e = calloc(1, sizeof *e);
+  ns_engine *e = new_engine();
   *out = NULL;
   if (!e) return ns_fail(error, "free memory", "no memory");
   int failed = settle(e, options, error);

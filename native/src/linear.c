@@ -137,6 +137,15 @@ static void run_unit(ns_engine *e, const ns_op *op, const ns_input *in, const ns
   }
 }
 
+/* Bytes of weights that a thread takes at a time: enough to outweigh the drawing (0.3 us), and little enough (10 us) that nobody
+ * waits long for a thread that the system puts aside with a share in hand. */
+enum { LEAST = 16 << 10, MOST = 256 << 10 };
+
+static int64_t unit_bytes(const ns_linear *l, int width) {
+  int64_t row = l->bits ? (int64_t)l->ins * l->bits / 8 : (int64_t)l->ins * (l->dtype == NS_F32 ? 4 : 2);
+  return row * width + 1;
+}
+
 /* All units of some maps; `paired` maps are equal in shape and a unit is the same rows of each, so that the second can use what
  * the first wrote. */
 static void run_maps(ns_engine *e, ns_turn *t, const ns_op *ops, const ns_input *const *in, int count, int M, int paired) {
@@ -145,8 +154,10 @@ static void run_maps(ns_engine *e, ns_turn *t, const ns_op *ops, const ns_input 
     int width = unit_width(e, ops[i].l, M);
     first[i + 1] = first[i] + (ops[i].l->outs + width - 1) / width;
   }
-  int units = paired ? first[1] : first[count], chunk = e->threads == 1 ? units : units / (e->threads * 12) + 1;
-  NS_UNITS(t, units, chunk, u) {
+  int units = paired ? first[1] : first[count];
+  int64_t bytes = unit_bytes(ops[0].l, unit_width(e, ops[0].l, M)) * (paired ? 2 : 1) * (M > NS_FEW ? 8 : 1); /* of work, that is */
+  int least = (int)(LEAST / bytes) + 1, most = e->threads == 1 ? units : (int)(MOST / bytes) + 1;
+  NS_SHARES(t, units, least, most, u) {
     if (paired) {
       for (int i = 0; i < count; i++) run_unit(e, &ops[i], in[i], &e->extra[i], &e->scratch[t->id], u, M);
     } else {

@@ -10,10 +10,10 @@
 
 typedef struct {
   const ns_kernels *k;
-  const uint64_t *data;
-  size_t words;
+  const float *data;
+  size_t count;
   int threads;
-  uint64_t sums[NS_MOST_THREADS * 8];
+  float most[NS_MOST_THREADS * 16];
   double work[NS_MOST_THREADS];
 } rates;
 
@@ -23,17 +23,9 @@ static double now(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* A page behind another is read ahead of the sum: what a kernel that knows its weights can do. */
 static void read_part(rates *r, int id) {
-  size_t part = r->words / (size_t)r->threads / 64 * 64;
-  const uint64_t *p = r->data + part * (size_t)id;
-  uint64_t s[8] = {0};
-  for (size_t i = 0; i < part; i += 64) {
-    for (int j = 0; j < 64; j += 8) __builtin_prefetch(p + i + 1024 + j);
-    for (int j = 0; j < 64; j += 8)
-      for (int l = 0; l < 8; l++) s[l] |= p[i + (size_t)(j + l)];
-  }
-  for (int l = 0; l < 8; l++) r->sums[id * 8] |= s[l];
+  size_t part = r->count / (size_t)r->threads / 64 * 64;
+  r->most[id * 16] = r->k->sweep(r->data + part * (size_t)id, part);
 }
 
 static void read_job(void *argument, ns_turn *t) {
@@ -43,7 +35,7 @@ static void read_job(void *argument, ns_turn *t) {
 }
 
 double ns_read_rate(size_t bytes, int threads, double seconds) {
-  rates r = {.threads = threads, .words = bytes / 8};
+  rates r = {.threads = threads, .count = bytes / sizeof(float), .k = ns_kernels_named(NULL)};
   ns_pool pool;
   void *data = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED || ns_pool_open(&pool, threads)) return 0;

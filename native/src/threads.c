@@ -14,12 +14,14 @@ static inline void pause_cpu(void) {
 
 static const uint64_t CLOSED = 0xffff; /* a phase that no job reaches */
 
-int ns_draw(ns_turn *t, int total, int chunk, int *from) {
+int ns_draw(ns_turn *t, int total, int least, int most, int *from) {
   uint64_t v = atomic_load_explicit(&t->pool->ticket, memory_order_acquire);
   for (;;) {
     int next = (int)(v & 0xffffff);
     if (v >> 24 != t->place || next >= total) return 0;
-    int n = total - next < chunk ? total - next : chunk;
+    int left = total - next, n = left / (t->pool->threads + 1);
+    n = n > most ? most : n < least ? least : n;
+    n = n > left ? left : n;
     if (atomic_compare_exchange_weak_explicit(&t->pool->ticket, &v, v + (uint64_t)n, memory_order_acq_rel, memory_order_acquire)) {
       *from = next;
       return n;
@@ -31,11 +33,12 @@ void ns_done(ns_turn *t, int n, int total) {
   if (atomic_fetch_add_explicit(&t->pool->done, n, memory_order_acq_rel) + n < total) return;
   atomic_store_explicit(&t->pool->done, 0, memory_order_relaxed);
   atomic_store_explicit(&t->pool->ticket, (t->place + 1) << 24, memory_order_release);
+  atomic_store_explicit(&t->pool->place, t->place + 1, memory_order_release);
 }
 
 void ns_pass(ns_turn *t, int total) {
   if (total <= 0) return; /* nothing was to be done: no phase */
-  for (int spins = 0; atomic_load_explicit(&t->pool->ticket, memory_order_acquire) >> 24 == t->place; spins++) {
+  for (int spins = 0; atomic_load_explicit(&t->pool->place, memory_order_acquire) == t->place; spins++) {
     if (spins < SPINS) pause_cpu();
     else sched_yield();
   }
@@ -67,8 +70,8 @@ static void *work(void *argument) {
 void ns_pool_run(ns_pool *p, ns_job job, void *argument) {
   unsigned turn = atomic_load_explicit(&p->turn, memory_order_relaxed) + 1;
   ns_turn t = {p, 0, (uint64_t)(turn & 0xffffff) << 16};
-  p->job = job; /* one pool runs one job with one argument, so late threads read what they had */
-  p->argument = argument;
+  if (p->job != job || p->argument != argument) p->job = job, p->argument = argument; /* the first time: none is late yet */
+  atomic_store_explicit(&p->place, t.place, memory_order_release);
   atomic_store_explicit(&p->ticket, t.place << 24, memory_order_release);
   atomic_store(&p->turn, turn);
   if (atomic_load(&p->asleep)) {
@@ -83,10 +86,13 @@ void ns_pool_run(ns_pool *p, ns_job job, void *argument) {
 int ns_pool_open(ns_pool *p, int threads) {
   atomic_init(&p->turn, 0);
   atomic_init(&p->ticket, CLOSED << 24);
+  atomic_init(&p->place, CLOSED);
   atomic_init(&p->done, 0);
   atomic_init(&p->stop, 0);
   atomic_init(&p->asleep, 0);
   p->threads = threads;
+  p->job = NULL;
+  p->argument = NULL;
   pthread_mutex_init(&p->lock, NULL);
   pthread_cond_init(&p->wake, NULL);
   for (p->started = 1; p->started < threads; p->started++) {

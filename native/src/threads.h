@@ -28,9 +28,11 @@ struct ns_pool {
   int threads, started;
   ns_job job;
   void *argument;
-  _Atomic uint64_t ticket; /* job (24 bits), phase (16), next unit (24) */
-  atomic_int done;         /* units of the phase that are finished */
-  atomic_uint turn;        /* grows with every job */
+  /* a cache line each: they are written by different threads at different times */
+  _Alignas(64) _Atomic uint64_t ticket; /* job (24 bits), phase (16), next unit (24) */
+  _Alignas(64) _Atomic uint64_t place;  /* job and phase alone: those who wait must not disturb those who draw */
+  _Alignas(64) atomic_int done;         /* units of the phase that are finished */
+  _Alignas(64) atomic_uint turn;        /* grows with every job */
   atomic_int stop, asleep;
   pthread_mutex_t lock;
   pthread_cond_t wake;
@@ -45,14 +47,16 @@ void ns_pool_close(ns_pool *pool);
 void ns_pool_run(ns_pool *pool, ns_job job, void *argument);
 
 /* One phase: all threads call ns_draw with the same `total` until it returns 0, do the `n` units from `*from`, report them with
- * ns_done, and call ns_pass. */
-int ns_draw(ns_turn *turn, int total, int chunk, int *from);
+ * ns_done, and call ns_pass. A draw is a share of what is left, at least `least` and at most `most` units: few draws at first,
+ * small ones at the end. */
+int ns_draw(ns_turn *turn, int total, int least, int most, int *from);
 void ns_done(ns_turn *turn, int n, int total);
 void ns_pass(ns_turn *turn, int total);
 
 /* The units `u` that fall to this thread, one after the other; ns_pass has to follow. */
-#define NS_UNITS(turn, total, chunk, u)                                                                       \
-  for (int from_ = 0, n_ = 0; (n_ = ns_draw(turn, total, chunk, &from_)) != 0; ns_done(turn, n_, total)) \
+#define NS_SHARES(turn, total, least, most, u)                                                                  \
+  for (int from_ = 0, n_ = 0; (n_ = ns_draw(turn, total, least, most, &from_)) != 0; ns_done(turn, n_, total)) \
     for (int u = from_; u < from_ + n_; u++)
+#define NS_UNITS(turn, total, chunk, u) NS_SHARES(turn, total, chunk, chunk, u)
 
 #endif

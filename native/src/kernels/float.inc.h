@@ -315,3 +315,12 @@ static void row(const ns_linear *l, int r, float *out) {
     }
   }
 }
+
+static float sweep(const float *data, size_t count) {
+  v16 most[4] = {v_set(0), v_set(0), v_set(0), v_set(0)};
+  for (size_t i = 0; i < count; i += 64) {
+    UNROLL(4) for (int j = 0; j < 4; j++) __builtin_prefetch(data + i + 512 + 16 * j);
+    UNROLL(4) for (int j = 0; j < 4; j++) most[j] = v_max(most[j], v_load(data + i + 16 * (size_t)j));
+  }
+  return v_most(v_max(v_max(most[0], most[1]), v_max(most[2], most[3])));
+}

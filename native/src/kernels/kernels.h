@@ -72,6 +72,7 @@ typedef struct {
   /* n <= NS_QUERIES queries (n, qk) of one key head; query i sees tokens from[i] … to[i]-1; out (n, vd16) */
   void (*attend)(const ns_kv *kv, int n, const float *q, const int *from, const int *to, float scale, float *out, float *scratch);
   void (*row)(const ns_linear *w, int row, float *out); /* one row of a dense or quantized weight */
+  float (*sweep)(const float *data, size_t count);      /* reads `count` floats, a multiple of 64; the largest */
   double (*int8_burst)(long steps);                     /* multiply-accumulates done from registers in so many steps */
 } ns_kernels;
 

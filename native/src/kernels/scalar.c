@@ -24,4 +24,4 @@ static void few(const ns_linear *l, int row, int rows, const ns_act *x, int M, f
 #define NS_NAME "scalar"
 #endif
 const ns_kernels NS_TABLE = {NS_NAME, few,     quant_pack, quant_many, dense,    sparse_dense, sparse_quant, quantize,
-                             rmsnorm, silu_mul, rotate,    kv_store,   attend, row,          int8_burst};
+                             rmsnorm, silu_mul, rotate,    kv_store,   attend, row,          sweep, int8_burst};

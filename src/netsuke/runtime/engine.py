@@ -177,7 +177,10 @@ class Engine:
         (default: a slot's single row). Raises NetsukeError, and no sequence has grown, for a token outside the
         vocabulary, a full context, or too many rows.
         """
-        row, slot = np.asarray(tokens, np.int32), np.asarray(slots, np.int32)
+        try:
+            row, slot = np.asarray(tokens, np.int32), np.asarray(slots, np.int32)
+        except (OverflowError, ValueError, TypeError) as e:
+            raise NetsukeError(f"run {self.source}", f"tokens or slots are no integers ({e})", "small integers") from e
         if row.shape != slot.shape or row.ndim != 1 or not row.size:
             raise NetsukeError("run the model", f"{row.size} tokens for {slot.size} slots", "as many, and at least one")
         last = np.append(slot[1:] != slot[:-1], True)
