@@ -59,7 +59,7 @@ static void place_input(ns_input *in, ns_arena *a, uint64_t M, uint64_t ins, con
     ns_act *act = &in->act[i];
     act->block = n->blocks[i];
     uint64_t most = up(ins, (uint64_t)act->block) / (uint64_t)act->block;
-    act->stride = (int)up(most * (uint64_t)act->block, 64);
+    act->stride = (int)up(most * (uint64_t)act->block, 128);
     act->natural = ns_take(a, M * (uint64_t)act->stride, 1);
     uint64_t few = M < NS_FEW ? M : NS_FEW;
     act->split = n->four ? ns_take(a, few * (uint64_t)act->stride, 1) : NULL;

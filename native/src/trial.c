@@ -92,13 +92,13 @@ int ns_sparse_trial(int outs, int ins, int bits, double share, int threads, int 
     t->y = y;
     t->act = (ns_act){64, groups, ins, 0, q, q, q, scale, sum};
     t->picked = (ns_picked){count, ins, 64, groups, channels, start, x + ins, q + 2 * ins, scale, sum};
-    ns_linear l = {.outs = outs, .ins = ins, .bits = bits >= 16 ? 0 : bits, .group = 64, .groups = groups, .block = 64, .scales = scales,
+    ns_linear l = {.kind = NS_QUANT, .outs = outs, .ins = ins, .bits = bits >= 16 ? 0 : bits, .group = 64, .groups = groups, .block = 64, .scales = scales,
                    .zeros = zeros, .dtype = bits == 32 ? NS_F32 : NS_F16};
     int stripe = ((outs + threads - 1) / threads + 63) & ~63;
     for (int i = 0; i < threads; i++) {
       t->out[i] = malloc((size_t)stripe * sizeof(float));
       t->sums[i] = malloc((size_t)stripe * sizeof(int32_t));
-      t->panel[i] = malloc(((size_t)groups + 16) * NS_PANEL * 8);
+      t->panel[i] = malloc(ns_panel_scratch(&l));
       failed |= !t->out[i] || !t->sums[i] || !t->panel[i];
     }
     for (int round = -2; round < rounds && !failed; round++)

@@ -139,9 +139,9 @@ static void quantize(const float *x, int ins, const ns_act *to, int m, int first
     to->scale[at] = most / 127;
     to->sum[at] = sum;
     if (to->block % 4) continue;
-    int half = to->block / 2, quarter = to->block / 4;
+    int quarter = to->block / 4;
     if (to->split)
-      for (int i = 0; i < half; i++) to->split[base + (size_t)i] = q[2 * i], to->split[base + (size_t)(half + i)] = q[2 * i + 1];
+      for (int i = 0; i < to->block; i++) to->split[(size_t)m * (size_t)to->stride + ns_split_at(to->block, b * to->block + i)] = q[i];
     if (to->split2)
       for (int i = 0; i < quarter; i++)
         for (int p = 0; p < 4; p++) to->split2[base + (size_t)(p * quarter + i)] = q[4 * i + p];

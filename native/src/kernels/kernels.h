@@ -19,12 +19,12 @@ enum {
 };
 
 /* Activations of M tokens as int8 with one scale per block of inputs: x[i] = q[i] * scale[i / block].
- * Rows are `stride` bytes, a multiple of 64, the rest of the last block zero. */
+ * Rows are `stride` bytes, a multiple of 128, the rest of the last block zero. */
 typedef struct {
   int block, blocks, stride;
   uint8_t flip;     /* 0, or 128 for many tokens: natural then holds q + 128, unsigned */
   int8_t *natural;  /* (M, stride) in order, q ^ flip */
-  int8_t *split;    /* for weights of 4 bits: in each block first the even inputs, then the odd ones; or NULL */
+  int8_t *split;    /* for weights of 4 bits: even inputs before odd ones, see ns_split_at; or NULL */
   int8_t *split2;   /* for 2 bits: the inputs = 0 mod 4, then = 1, 2, 3; or NULL */
   float *scale;     /* (M, blocks) */
   int32_t *sum;     /* (M, blocks): sum of q */
@@ -120,6 +120,12 @@ static inline float ns_bfloat_to_float(uint16_t h) {
   float f;
   memcpy(&f, &u, 4);
   return f;
+}
+
+/* Where input i of a row lies in `split`: evens then odds of a block, of two blocks where they have 64 inputs. */
+static inline size_t ns_split_at(int block, int i) {
+  if (block == 64) return (size_t)(i / 128 * 128 + i % 2 * 64 + i % 128 / 64 * 32 + i % 64 / 2);
+  return (size_t)(i / block * block + i % 2 * (block / 2) + i % block / 2);
 }
 
 /* Code i of a packed row; little-endian bit stream, as layers/packing.py writes it. */

@@ -54,8 +54,10 @@ size_t ns_tile_bytes(const ns_linear *w) {
 }
 
 size_t ns_panel_scratch(const ns_linear *w) {
-  /* scales and zero points of a panel, transposed, in whole sets of 16 groups */
-  return w->bits ? ((size_t)w->groups + 15) / 16 * 16 * NS_PANEL * 8 : 0;
+  /* scales and zero points of a panel, transposed, in whole sets of 16 groups; or the products of 16 blocks, 16 rows and 4
+   * tokens for every 1024 inputs */
+  size_t facts = ((size_t)w->groups + 15) / 16 * 16 * NS_PANEL * 8, products = (size_t)w->ins / 1024 * 4 * 16 * 16 * sizeof(float);
+  return w->bits == 0 ? 0 : facts > products ? facts : products;
 }
 
 int ns_block_dividing(int group) {
