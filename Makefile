@@ -32,6 +32,9 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/plan.py --json
 	$(BIN)/python benchmarks/quantization.py --json
 	$(BIN)/python benchmarks/allocation.py --json
+	$(BIN)/python benchmarks/sparse.py --json
+	$(BIN)/netsuke bench lm -o benchmarks/results/lm.json
+	$(BIN)/python benchmarks/serve_load.py --json
 
 # The generated parts of README.md and docs/; docs/demo.txt is what `make demo` printed
 pages: .venv/ready

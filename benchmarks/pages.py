@@ -109,6 +109,50 @@ def lm() -> str:
     return "\n\n".join([head, *notes, "\n".join(rows)])
 
 
+def lm_short() -> str:
+    got = read("benchmarks/results/lm.json")
+    if got is None:
+        return "Not measured yet: `netsuke bench lm -o benchmarks/results/lm.json`."
+    rows = ["| model | bits | what | netsuke | llama.cpp | ratio |", "|---|---|---|---|---|---|"]
+    rows += [
+        f"| {r['model']} | {r['bits']} | {kind(r)} | {figure(r['what'], r['netsuke'])} | {figure(r['what'], r['peer'])} | "
+        f"{r['ratio']:.2f} |"
+        for r in got["rows"] if r["peer_name"] == "llama.cpp" and r["what"] in ("decode", "prompt-512", "load", "peak")
+    ]  # fmt: skip
+    return f"Two threads each, sides in turn, medians ({where(got['run'])}).\n\n" + "\n".join(rows)
+
+
+def sparse() -> str:
+    got = read("benchmarks/results/sparse.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/sparse.py --json`."
+    rows = ["| bits | matrix | channels read | dense | input-sparse | ratio | bar |", "|---|---|---|---|---|---|---|"]
+    for r in got["rows"]:
+        bar = "" if r["bar"] is None else f"{r['bar']} {'met' if r['ratio'] >= r['bar'] else 'not met'}"
+        rows.append(
+            f"| {r['bits']} | {r['outs']} x {r['ins']} | {r['share']:.0%} | {r['dense_ms']:.2f} ms | {r['sparse_ms']:.2f} ms | "
+            f"{r['ratio']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f}) | {bar} |"
+        )
+    head = f"One product of the native engine, {got['threads']} threads, both sides in turn (`python benchmarks/sparse.py`; "
+    return head + where(got["run"]) + ").\n\n" + "\n".join(rows)
+
+
+def serve() -> str:
+    got = read("benchmarks/results/serve.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/serve_load.py --json`."
+    statuses = ", ".join(f"{count} x {status}" for status, count in sorted(got["statuses"].items()))
+    settled = [size for second, size in got["resident"] if second >= 10]
+    spread = (max(settled) - min(settled)) / min(settled)
+    return (
+        f"{got['clients']} clients at once for {got['seconds']:.0f} s on loopback, `{got['model']}`, {got['server']['slots']} slots, "
+        f"half of them leaving midway (`python benchmarks/serve_load.py`; {where(got['run'])}): {got['finished']} answers finished, "
+        f"{got['abandoned']} abandoned, **{got['wrong']} wrong or mixed**; statuses {statuses}; "
+        f"{got['generated_tokens_per_second']:.0f} tokens/s beside the clients on the same cores; resident memory "
+        f"{settled[-1] / 1e6:.1f} MB, spread {spread:.2%} after the first ten seconds."
+    )
+
+
 def model() -> str:
     got, training = read("recipes/pycode/evaluation.json"), read("recipes/pycode/training.json")
     if got is None or training is None:
@@ -145,6 +189,9 @@ PARTS = {
     "quantization": quantization,
     "plans": plans,
     "lm": lm,
+    "lm-short": lm_short,
+    "sparse": sparse,
+    "serve": serve,
     "model": model,
     "systems": systems,
 }
