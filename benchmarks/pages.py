@@ -145,8 +145,9 @@ def serve() -> str:
     settled = [size for second, size in got["resident"] if second >= 10]
     spread = (max(settled) - min(settled)) / min(settled)
     return (
-        f"{got['clients']} clients at once for {got['seconds']:.0f} s on loopback, `{got['model']}`, {got['server']['slots']} slots, "
-        f"half of them leaving midway (`python benchmarks/serve_load.py`; {where(got['run'])}): {got['finished']} answers finished, "
+        f"{got['clients']} clients at once for {got['seconds']:.0f} s on loopback, `{got['model']}`, "
+        f"{got['server']['slots']} slots, half of them leaving midway (`python benchmarks/serve_load.py`; "
+        f"{where(got['run'])}): {got['finished']} answers finished, "
         f"{got['abandoned']} abandoned, **{got['wrong']} wrong or mixed**; statuses {statuses}; "
         f"{got['generated_tokens_per_second']:.0f} tokens/s beside the clients on the same cores; resident memory "
         f"{settled[-1] / 1e6:.1f} MB, spread {spread:.2%} after the first ten seconds."
