@@ -80,12 +80,20 @@ def plans() -> str:
     return note + "\n\n" + "\n".join(rows)
 
 
+RUNS_OF_LM = ("lm", "lm-16")  # 4 and 8 bits; 16 bits, small models
+
+
 def lm() -> str:
-    got = read("benchmarks/results/lm.json")
-    if got is None:
+    found = [got for name in RUNS_OF_LM if (got := read(f"benchmarks/results/{name}.json"))]
+    if not found:
         return "Not measured yet: `netsuke bench lm -o benchmarks/results/lm.json`."
+    picture(found[0], ROOT / "docs/lm.svg")
+    return "\n\n".join([lm_run(found[0], "\n\n![Ratios to llama.cpp](lm.svg)"), *(lm_run(got) for got in found[1:])])
+
+
+def lm_run(got: dict[str, Any], more: str = "") -> str:
+    """One run's figures as a paragraph and a table."""
     run, limits, settings = got["run"], got["limits"], got["settings"]
-    picture(got, ROOT / "docs/lm.svg")
     versions = ", ".join(f"{name} {number}" for name, number in got["versions"].items() if number)
     head = (
         f"`netsuke bench lm` ({where(run)}; {versions}; {settings['threads']} threads each, sides in turn, medians of "
@@ -98,7 +106,6 @@ def lm() -> str:
         notes.append(
             f"llama.cpp was built with: {got['llama_cpp']['system_info'].removeprefix('CPU : ')}.".replace("|", "·")
         )
-    notes += ["![Ratios to llama.cpp](lm.svg)"]
     rows = ["| model | bits | what | netsuke | of limit | beside | peer | ratio |", "|---|---|---|---|---|---|---|---|"]
     for r in got["rows"]:
         share = "" if r["share_of_limit"] is None else f"{r['share_of_limit']:.0%}"
@@ -106,20 +113,22 @@ def lm() -> str:
             f"| {r['model']} | {r['bits']} | {kind(r)} | {figure(r['what'], r['netsuke'])} | {share} | {r['peer_name']} | "
             f"{figure(r['what'], r['peer'])} | {r['ratio']:.2f} |"
         )
-    return "\n\n".join([head, *notes, "\n".join(rows)])
+    return "\n\n".join([head, *notes]) + more + "\n\n" + "\n".join(rows)
 
 
 def lm_short() -> str:
-    got = read("benchmarks/results/lm.json")
-    if got is None:
+    found = [got for name in RUNS_OF_LM if (got := read(f"benchmarks/results/{name}.json"))]
+    if not found:
         return "Not measured yet: `netsuke bench lm -o benchmarks/results/lm.json`."
     rows = ["| model | bits | what | netsuke | llama.cpp | ratio |", "|---|---|---|---|---|---|"]
     rows += [
         f"| {r['model']} | {r['bits']} | {kind(r)} | {figure(r['what'], r['netsuke'])} | {figure(r['what'], r['peer'])} | "
         f"{r['ratio']:.2f} |"
-        for r in got["rows"] if r["peer_name"] == "llama.cpp" and r["what"] in ("decode", "prompt-512", "load", "peak")
+        for got in found
+        for r in got["rows"]
+        if r["peer_name"] == "llama.cpp" and (r["what"] == "decode" or (r["model"] == "1.1B" and r["what"] != "first-token"))
     ]  # fmt: skip
-    return f"Two threads each, sides in turn, medians ({where(got['run'])}).\n\n" + "\n".join(rows)
+    return f"Two threads each, sides in turn, medians ({where(found[0]['run'])}).\n\n" + "\n".join(rows)
 
 
 def sparse() -> str:
