@@ -3,8 +3,9 @@
     python benchmarks/plan.py [--json] [--quick]
 
 Inference: a model with random weights is written as an artifact, loaded and run by the code of
-`netsuke run --backend torch`: prefill in chunks, cache for the whole context, four tokens. Training:
-three steps of train/loop.py. Both with the limits of runtime/allocator.py; training is measured with glibc's own as well (`measured_with_glibc_limits`), which no plan foresees.
+`netsuke run --backend torch`: prefill in chunks, cache for the whole context, four tokens. Training: three steps of
+train/loop.py. Both with the limits of runtime/allocator.py; training is measured with glibc's own as well
+(`measured_with_glibc_limits`), which no plan foresees.
 Peaks are above the idle process (measure/peak.py); torch has one thread so that other work on the machine does not
 stretch the runs; one cell has two. Each cell is the median of three processes (one with --quick): the same program differs
 by up to 5 MB from run to run, by how its heap happens to lie.
