@@ -80,7 +80,8 @@ def plans() -> str:
     return note + "\n\n" + "\n".join(rows)
 
 
-RUNS_OF_LM = ("lm", "lm-again", "lm-16")  # 4 and 8 bits; 1.1B once more, as memory was slow in the first; 16 bits, small models
+# 4 and 8 bits; 1.1B once more, as memory was slow in the first; 16 bits, small models
+RUNS_OF_LM = ("lm", "lm-again", "lm-16")
 
 
 def lm() -> str:
