@@ -183,12 +183,16 @@ def test_kill_at_twenty_random_moments(place, tmp_path):
     child, begin = start(sizes[0])
     assert child.stdout.read() == "done\n"
     whole = time.monotonic() - begin
-    found = killed = 0
-    for i in range(20):
-        child, _ = start(sizes[i % 2])
-        time.sleep(whole * (rng.uniform(0.0, 1.0) if i % 2 else rng.uniform(0.7, 1.1)))
+    found = killed = runs = 0
+    while runs < 20 or (min(killed, found) < 10 and runs < 60):  # a machine that became faster lets some runs end first
+        child, begin = start(sizes[runs % 2])
+        time.sleep(whole * (rng.uniform(0.0, 1.0) if runs % 2 else rng.uniform(0.7, 1.1)))
         os.kill(child.pid, signal.SIGKILL)
-        killed += child.wait() == -signal.SIGKILL
+        if child.wait() == -signal.SIGKILL:
+            killed += 1
+        else:
+            whole = min(whole, time.monotonic() - begin) * 0.9
+        runs += 1
         if target.exists():  # whatever stands there is whole: every hash is checked by load
             found += bool(load(target).manifest["facts"])
     assert killed >= 10, "most kills must come before the run has ended"
