@@ -1,0 +1,8 @@
+"""All operator kinds by name. A new kind is one row: its NumPy reference, its check, its arithmetic."""
+
+from __future__ import annotations
+
+from netsuke.graph.ops import conv, elementwise, shape
+from netsuke.graph.ops.base import Kind
+
+OPS: dict[str, Kind] = {**conv.KINDS, **elementwise.KINDS, **shape.KINDS}
