@@ -64,8 +64,8 @@ class Carving:
         self, model: str, device: str, budget: Budget, data: str | None, context: int | None, out: Path, cuts: bool,
         on_progress: Callable[[str, int, int], None],
     ):  # fmt: skip
+        from netsuke.models.artifact import check_writable
         from netsuke.models.load import describe, load
-        from netsuke.models.save import check_writable
         from netsuke.tasks.language import language_task
 
         self.name, self.on_progress, self.started = model, on_progress, time.time()

@@ -15,7 +15,8 @@ from netsuke.layers.lowrank import LowRank
 from netsuke.layers.sparse import InputSparse
 from netsuke.models.llama import KVCache, Llama, LlamaConfig, half_precision, random_llama
 from netsuke.models.load import describe, load
-from netsuke.models.save import digest, save_artifact
+from netsuke.models.places import digest
+from netsuke.models.save import save_artifact
 from netsuke.models.weights import WeightFile, write_safetensors
 from netsuke.runtime.generate import generate
 from netsuke.runtime.memory_plan import inference_plan, linear_layers, panels, small_tensors, work_of

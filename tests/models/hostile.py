@@ -19,7 +19,8 @@ import torch
 
 from netsuke.models.hf import theirs
 from netsuke.models.llama import Llama, LlamaConfig, random_llama
-from netsuke.models.save import digest, save_artifact
+from netsuke.models.places import digest
+from netsuke.models.save import save_artifact
 from netsuke.models.tokenizer import HFTokenizer
 from netsuke.models.weights import write_safetensors
 

@@ -12,6 +12,7 @@ import torch
 
 from netsuke.errors import NetsukeError
 from netsuke.layers.quantized import QuantLinear
+from netsuke.models import artifact as artifact_module
 from netsuke.models import save
 from netsuke.models.llama import BlockShape, KVCache, LlamaConfig, RopeScaling, random_llama
 from netsuke.models.load import describe, find, load
@@ -132,7 +133,7 @@ def test_what_is_no_artifact_is_never_overwritten(what, tmp_path):
         assert (target / "thesis.txt").read_text() == "dear diary"
 
 
-@pytest.mark.parametrize("moment", ["write_safetensors", "_write", "_flush_folder", "replace"])
+@pytest.mark.parametrize("moment", ["write_safetensors", "write_file", "_flush_folder", "replace"])
 def test_a_failure_at_any_moment_leaves_the_old_artifact(moment, tmp_path, monkeypatch):
     old = artifact(tmp_path)
     before = {p.name: p.read_bytes() for p in old.iterdir()}
@@ -140,7 +141,7 @@ def test_a_failure_at_any_moment_leaves_the_old_artifact(moment, tmp_path, monke
     def fail(*_args) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save, moment, fail)
+    monkeypatch.setattr(save if moment == "write_safetensors" else artifact_module, moment, fail)
     with pytest.raises(NetsukeError, match="No space left"):
         artifact(tmp_path, tiny_model(9))
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before

@@ -25,8 +25,9 @@ def compress(
 
     from netsuke import __version__
     from netsuke.compress.method import Method, from_json, parse
+    from netsuke.models.artifact import check_writable
     from netsuke.models.load import describe, load
-    from netsuke.models.save import check_writable, save_artifact
+    from netsuke.models.save import save_artifact
     from netsuke.tasks.language import language_task
 
     tell, target = on_progress or (lambda *_: None), Path(out)

@@ -1,40 +1,24 @@
-"""Writes artifacts: a folder `NAME.netsuke/` that is complete or is not there, and the same bytes for the same model.
+"""Saves a language model as an artifact: a folder `NAME.netsuke/`, the same bytes for the same model.
 
-    weights.safetensors   every tensor under its name in the model's state
-    tokenizer.json|.bin   when the model has a tokenizer
-    manifest.json         format, version, config, spec of each linear map, sha256 of each file, provenance, budget,
-    facts
-
-All is written into a hidden folder beside the target, flushed to the disk, and renamed into place.
+weights.safetensors   every tensor under its name in the model's state
+tokenizer.json|.bin   when the model has a tokenizer
+manifest.json         format, version, config, spec of each linear map, sha256 of each file, provenance, budget,
+facts
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from netsuke.errors import NetsukeError
-from netsuke.models.files import plain_name
+from netsuke.models.artifact import check_writable, write_artifact, write_file
 from netsuke.models.llama import Llama
-from netsuke.models.places import FORMAT, MANIFEST, SUFFIX, VERSION, WEIGHTS, digest
+from netsuke.models.places import WEIGHTS
 from netsuke.models.tokenizer import Tokenizer
 from netsuke.models.weights import check_finite, write_safetensors
-
-
-def is_artifact(folder: Path) -> bool:
-    """Whether a folder's manifest says that it is ours, of any version."""
-    try:
-        return json.loads((folder / MANIFEST).read_bytes()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
 
 
 def save_artifact(
@@ -46,132 +30,23 @@ def save_artifact(
     budget: dict[str, Any] | None = None,
     verify: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes the artifact and returns its folder (".netsuke" is added to a name without it).
+    """Writes the artifact and returns its folder; `verify`, replacing and errors are those of `write_artifact`.
 
-    An artifact that is there is replaced in one step. `verify` is called with the finished folder before it gets its
-    name; what it raises leaves nothing behind. Raises NetsukeError when something else is there, when the
-    parent folder is missing, read-only or full, when a weight is NaN or infinite, and when the facts are no JSON.
+    Raises NetsukeError as well when a weight is NaN or infinite.
     """
     folder = check_writable(folder)
-    asked = f"save {folder}"
     state = model.state_dict()
     for name, tensor in state.items():
         check_finite(name, tensor, "the model to save")
     manifest = {
-        "format": FORMAT, "version": VERSION, "family": model.cfg.family, "config": msgspec.to_builtins(model.cfg),
+        "family": model.cfg.family, "config": msgspec.to_builtins(model.cfg),
         "layers": {name: layer.spec() for name, layer in model.linears().items()},
         "provenance": provenance, "budget": budget, "facts": facts,
     }  # fmt: skip
-    _encode(manifest, asked)  # before anything is written
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
-            write_safetensors(part / WEIGHTS, state, {"format": "pt"})
-            if tokenizer is not None:
-                _write(part / tokenizer.file, tokenizer.to_bytes())
-            manifest["files"] = {
-                p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(part.iterdir())
-            }
-            _write(part / MANIFEST, _encode(manifest, asked))
-            _flush_folder(part)
-            if verify:
-                verify(part)
-            replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        _flush_folder(folder.parent)
-        remove_stale(folder)
-    except OSError as e:
-        raise NetsukeError(asked, e.strerror or str(e), "a folder that can be written to, with room left") from e
-    return folder
 
+    def fill(part: Path) -> None:
+        write_safetensors(part / WEIGHTS, state, {"format": "pt"})
+        if tokenizer is not None:
+            write_file(part / tokenizer.file, tokenizer.to_bytes())
 
-def check_writable(folder: Path) -> Path:
-    """The full path that an artifact would get; refuses before minutes of work what could not be written after them.
-
-    Raises NetsukeError for a name that is no plain one, a parent that is missing or read-only, and anything at the
-    place that is not an artifact.
-    """
-    folder = Path(os.path.realpath(folder))
-    if folder.suffix != SUFFIX:
-        folder = folder.with_name(folder.name + SUFFIX)
-    asked, parent = f"save {folder}", folder.parent
-    if not plain_name(folder.name):
-        raise NetsukeError(asked, "not a plain name", "a name of letters, digits, dots and dashes")
-    if not parent.is_dir():
-        raise NetsukeError(asked, f"the folder {parent} does not exist", "an existing folder", f"mkdir -p {parent}")
-    # root may write anywhere by its permissions, so the flag of a read-only mount is looked at as well
-    if not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY or not parent.stat().st_mode & 0o222:
-        raise NetsukeError(asked, f"the folder {parent} is read-only", "a writable folder", "another folder")
-    refuse_other(folder)
-    return folder
-
-
-def refuse_other(folder: Path) -> None:
-    """Raises NetsukeError when something that is not an artifact stands where one is to be written."""
-    if os.path.lexists(folder) and not (folder.is_dir() and is_artifact(folder)):
-        found = "something that is not a netsuke artifact is there"
-        raise NetsukeError(f"save {folder}", found, "a new name or an artifact to replace", "another name")
-
-
-def replace(part: Path, folder: Path) -> None:
-    """Moves a finished folder into place; what was there moves aside first, and back if the move fails."""
-    aside = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    had = folder.exists()
-    if had:
-        os.rename(folder, aside)
-    try:
-        os.rename(part, folder)
-    except OSError:
-        if had:
-            os.rename(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def remove_stale(folder: Path) -> None:
-    """Removes what saves of this artifact by processes that have died left beside it."""
-    pattern = re.compile(re.escape(f".{folder.name}.") + r"(?:part|old)-(\d+)")
-    for entry in folder.parent.iterdir():
-        found = pattern.fullmatch(entry.name)
-        if found and entry.is_dir() and not _alive(int(found[1])):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _encode(manifest: dict[str, Any], asked: str) -> bytes:
-    try:
-        return (json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError) as e:
-        raise NetsukeError(
-            asked, f"facts, provenance or budget are no JSON ({e})", "texts, finite numbers, lists"
-        ) from e
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where the system can."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    return write_artifact(folder, manifest, fill, verify)

@@ -57,7 +57,8 @@ from netsuke.compress.modegpt import MODULES, MoDeGPT
 from netsuke.errors import NetsukeError
 from netsuke.models.llama import Block, Llama, LlamaConfig, random_llama
 from netsuke.models.load import find
-from netsuke.models.save import WEIGHTS, save_artifact
+from netsuke.models.places import WEIGHTS
+from netsuke.models.save import save_artifact
 from netsuke.runtime.generate import generate
 from netsuke.runtime.timings import Timings
 from netsuke.systems.modegpt_cases import (
