@@ -165,6 +165,9 @@ class QGraph:
         n = len(self.tensors)
         for t in self.tensors:
             _check_tensor(t, asked, n)
+        for i in (*self.inputs, *self.outputs, *(s for pair in self.states for s in pair)):
+            if not 0 <= i < n:
+                raise NetsukeError(asked, f"an input or output names tensor {i}", f"0 to {n - 1}")
         known = {i for i, t in enumerate(self.tensors) if t.constant} | set(self.inputs) | {a for a, _ in self.states}
         written: set[int] = set(known)
         for op in self.ops:
@@ -188,9 +191,6 @@ class QGraph:
             found = OPS[op.kind].check(self, op)
             if found:
                 raise NetsukeError(asked, f"{where} ({op.kind}): {found}")
-        for i in (*self.inputs, *self.outputs, *(s for pair in self.states for s in pair)):
-            if not 0 <= i < n:
-                raise NetsukeError(asked, f"an input or output names tensor {i}", f"0 to {n - 1}")
         for i in self.outputs:
             if i not in written and self.root(i) not in written:
                 raise NetsukeError(

@@ -198,6 +198,9 @@ def open_artifact(folder: Path, raw: dict[str, Any], verify: bool) -> OpenArtifa
         raise NetsukeError(asked, f"the manifest's format is {str(raw.get('format'))[:40]!r}", repr(FORMAT))
     if type(raw.get("version")) is not int or raw["version"] != VERSION:
         raise NetsukeError(asked, f"artifact version {str(raw.get('version'))[:40]}", str(VERSION), "a newer netsuke")
+    if raw.get("family") == "graph":
+        attempt = "plan, fit, run, export or train it as a small network"
+        raise NetsukeError(asked, "the artifact holds a small network, no language model", "family llama", attempt)
     try:
         manifest = msgspec.convert(raw, _Manifest)
     except msgspec.ValidationError as e:
@@ -205,7 +208,7 @@ def open_artifact(folder: Path, raw: dict[str, Any], verify: bool) -> OpenArtifa
     if manifest.family != "llama" or manifest.config.family != "llama":
         raise NetsukeError(asked, f"family {manifest.family!r}", "llama")
     cfg = check_config(manifest.config, folder)
-    _check_files(folder, manifest.files, verify)
+    check_files(folder, manifest.files, verify)
     model = skeleton(cfg, manifest.layers, folder)
     weights = WeightFile(folder / WEIGHTS)
     state = model.state_dict()
@@ -226,7 +229,16 @@ def open_artifact(folder: Path, raw: dict[str, Any], verify: bool) -> OpenArtifa
     return OpenArtifact(model, weights, tokenizers[0] if tokenizers else None)
 
 
-def _check_files(folder: Path, files: dict[str, _File], verify: bool) -> None:
+def files_of(manifest: dict[str, Any], folder: Path) -> dict[str, _File]:
+    """A manifest's list of files. Raises NetsukeError when it is none."""
+    try:
+        return msgspec.convert(manifest.get("files"), dict[str, _File])
+    except msgspec.ValidationError as e:
+        raise NetsukeError(f"load {folder}", f"manifest.json: {e}", "a manifest as netsuke writes it") from e
+
+
+def check_files(folder: Path, files: dict[str, _File], verify: bool) -> None:
+    """Raises NetsukeError unless every listed file is there, inside the folder, of its size and (`verify`) its sha256."""
     asked = f"load {folder}"
     for name, fact in files.items():
         if not plain_name(name) or name == MANIFEST:
