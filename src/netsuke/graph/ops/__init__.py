@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from netsuke.graph.ops import conv, elementwise, shape
+from netsuke.graph.ops import conv, elementwise, recurrent, shape
 from netsuke.graph.ops.base import Kind
 
-OPS: dict[str, Kind] = {**conv.KINDS, **elementwise.KINDS, **shape.KINDS}
+OPS: dict[str, Kind] = {
+    **conv.KINDS,
+    **elementwise.KINDS,
+    **recurrent.KINDS,
+    **shape.KINDS,
+}
