@@ -1,4 +1,5 @@
-"""`netsuke run MODEL --prompt TEXT`: run what was carved, text as it is made."""
+"""`netsuke run MODEL --prompt TEXT`: run what was carved, text as it is made; `--input FILE` for networks that take pictures
+or arrays (run_network.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,15 +23,25 @@ BACKENDS = ("native", "torch")
 def run(
     model: str, prompt: str = "", new_tokens: int = 128, *, temperature: float = 0.0, top_p: float = 1.0,
     seed: int = 0, context: int | None = None, backend: str = "native", kv: str = "float16",
-    threads: int | None = None, on_text: Callable[[str], None] | None = None,
+    threads: int | None = None, on_text: Callable[[str], None] | None = None, inputs: Sequence[str] = (),
+    emulate: str | None = None, out: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Completes `prompt` and returns {text, prompt, timings…}; `on_text` receives the pieces as they are made.
 
     backend  "native": the engine in C, which reads weights from the mapped file; "torch": the reference runtime
     kv       keys and values as "float16" or "int8" (native only; the reference keeps float32)
+    inputs   files for a small network, which has no prompt; `emulate` and `out` are for it too (run_network.py)
 
     Greedy at temperature 0. Raises NetsukeError for an unusable model, prompt or setting.
     """
+    from netsuke.graph.read import is_graph
+
+    if emulate or is_graph(model) or (Path(model) / "size.json").is_file():
+        from netsuke.run_network import run_network
+
+        return run_network(model, list(inputs), backend=backend, emulate=emulate, out=out)
+    if inputs:
+        raise NetsukeError(f"run {model}", "a language model takes --prompt, not --input", "--prompt TEXT")
     if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1 or (threads or 1) < 1:
         raise NetsukeError(
             "run with these settings", f"temperature {temperature}, top-p {top_p}, tokens {new_tokens}, threads {threads}",
@@ -75,18 +87,25 @@ def run(
 
 
 def register(app: typer.Typer) -> None:
-    @app.command("run", help="Run a model: stream the completion of a prompt.")
+    @app.command("run", help="Run a model: stream the completion of a prompt, or answer for pictures and arrays.")
     def command(
-        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c or GGUF file, or 'pycode'")],
+        model: Annotated[str, typer.Argument(help="a language model, a small network, or a folder of exported C")],
         prompt: Annotated[str, typer.Option(help="text to complete")] = "",
         tokens: Annotated[int, typer.Option(help="at most this many new tokens")] = 128,
         temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
         top_p: Annotated[float, typer.Option(help="nucleus sampling")] = 1.0,
         seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
         context: Annotated[int | None, typer.Option(help="tokens of context; default: the model's")] = None,
-        backend: Annotated[str, typer.Option(help="native (the engine in C) or torch (the reference)")] = "native",
+        backend: Annotated[
+            str, typer.Option(help="native (C), or the reference: torch for text, reference for small networks")
+        ] = "native",
         kv: Annotated[str, typer.Option(help="keys and values as float16 or int8 (native)")] = "float16",
         threads: Annotated[int | None, typer.Option(help="default: one per core")] = None,
+        inputs: Annotated[
+            list[str] | None, typer.Option("--input", help="small networks: .npy or picture; repeatable")
+        ] = None,
+        emulate: Annotated[str | None, typer.Option(help="small networks: on an emulated board, m4 or m7")] = None,
+        out: Annotated[str | None, typer.Option("-o", "--out", help="small networks: outputs as .npy")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object with timings")] = False,
     ) -> None:
         if backend == "torch":
@@ -100,16 +119,20 @@ def register(app: typer.Typer) -> None:
 
         if not as_json:
             stream(prompt)
-        out = run(
+        got = run(
             model, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed, context=context, backend=backend,
-            kv=kv, threads=threads, on_text=None if as_json else stream,
+            kv=kv, threads=threads, on_text=None if as_json else stream, inputs=inputs or [], emulate=emulate, out=out,
         )  # fmt: skip
         if as_json:
-            print(json.dumps(out))
+            print(json.dumps(got))
+        elif "text" not in got:
+            from netsuke.run_network import show
+
+            show(got)
         else:
-            rate = out["tokens_per_second"]
+            rate = got["tokens_per_second"]
             speed = f", {rate:.1f} tokens/s" if rate else ""
             print(
-                f"\n[{out['new_tokens']} tokens, first after {out['first_token_seconds'] * 1e3:.0f} ms{speed}]",
+                f"\n[{got['new_tokens']} tokens, first after {got['first_token_seconds'] * 1e3:.0f} ms{speed}]",
                 file=sys.stderr,
             )

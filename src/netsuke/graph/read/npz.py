@@ -81,7 +81,7 @@ def _build(text: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> Q
     y = graph.add(Tensor("logits", (1, classes.shape[3]), "int8", classes.scale, classes.zero))
     graph.ops.append(Op("reshape", (x,), (y,), {}, "logits"))
     graph.outputs = (y,)
-    graph.meta = {"source": path.name, "input": "image", "mean": 0.5, "std": 1 / 255}
+    graph.meta = {"source": path.name, "input": "image", "mean": 0.5, "std": 0.5}
     return graph.check()
 
 

@@ -1,0 +1,106 @@
+"""What a user hands to a small network: arrays and pictures as the codes that the graph's input wants, and answers as numbers.
+
+A picture's pixels become real numbers by the file's own rule (`meta` "mean" and "std", or lists of them per channel), or, where
+the file has none, by what the input's scale gives away: 1/255 means 0…1, 2/255 means -1…1, 1 means 0…255.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from netsuke.errors import NetsukeError
+from netsuke.graph.ir import QGraph, Tensor
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
+LARGEST = 1 << 28  # bytes of one input file
+RULES = ((1 / 255, 0.0, 1.0), (2 / 255, -1.0, 1.0), (1.0, 0.0, 255.0))  # scale of the input, reals for black and white
+
+
+def read_input(path: str | Path, graph: QGraph, index: int = 0) -> np.ndarray:
+    """A file as rows (n, …) for the graph's input `index`: n = 1 unless an .npy file holds several.
+
+    .npy: the graph's own type and shape (with or without the leading 1), or floats, which are quantized; pictures: cut
+    square in the middle, scaled. Raises NetsukeError for everything else.
+    """
+    path, tensor = Path(path), graph.tensors[graph.inputs[index]]
+    asked = f"read the input {path.name}"
+    if not path.is_file():
+        raise NetsukeError(asked, "there is no such file", f".npy or a picture ({', '.join(PICTURES)})")
+    if path.stat().st_size > LARGEST:
+        raise NetsukeError(asked, f"{path.stat().st_size} bytes", f"at most {LARGEST}")
+    if path.suffix.lower() == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as e:
+            raise NetsukeError(asked, f"not a readable .npy file ({str(e)[:80]})", "np.save of numbers") from None
+        return from_array(array, tensor, asked)
+    if path.suffix.lower() in PICTURES:
+        return picture(path, tensor, graph.meta, asked)
+    raise NetsukeError(
+        asked, f"a file of unknown kind ({path.suffix or 'no suffix'})", f".npy or a picture ({', '.join(PICTURES)})"
+    )
+
+
+def from_array(array: np.ndarray, tensor: Tensor, asked: str) -> np.ndarray:
+    """Rows (n, …) of the tensor's type; floats are quantized where the tensor is."""
+    shape = tensor.shape
+    if array.shape == shape[1:]:
+        array = array[None]
+    if array.shape[1:] != shape[1:] or array.ndim != len(shape) or not len(array):
+        raise NetsukeError(
+            asked,
+            f"it has the shape {array.shape}",
+            f"{shape}, or several of them: (n, {', '.join(map(str, shape[1:]))})",
+        )
+    if array.dtype == tensor.dtype:
+        return np.ascontiguousarray(array)
+    if array.dtype.kind != "f":
+        raise NetsukeError(asked, f"it holds {array.dtype}", f"{tensor.dtype} codes, or floats that are quantized here")
+    if not np.all(np.isfinite(array)):
+        raise NetsukeError(asked, "it holds NaN or infinity", "finite numbers")
+    return tensor.codes(array)
+
+
+def picture(path: Path, tensor: Tensor, meta: dict[str, Any], asked: str) -> np.ndarray:
+    """A picture file as one row for an input (1, H, W, C) or (1, C, H, W)."""
+    from PIL import Image, UnidentifiedImageError
+
+    shape = tensor.shape
+    if len(shape) != 4:
+        raise NetsukeError(asked, f"the network takes the shape {shape}, no picture", "an .npy file of that shape")
+    first = shape[3] not in (1, 3) and shape[1] in (1, 3)
+    height, width, channels = (shape[2], shape[3], shape[1]) if first else shape[1:]
+    if channels not in (1, 3):
+        raise NetsukeError(asked, f"the network takes {channels} channels", "1 or 3", "an .npy file")
+    try:
+        with Image.open(path) as image:
+            image = image.convert("L" if channels == 1 else "RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            box = (left, top, left + side, top + side)
+            pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box), np.float64)
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as e:
+        raise NetsukeError(asked, f"not a readable picture ({str(e)[:80]})", ", ".join(PICTURES)) from None
+    real = _real(pixels.reshape(1, height, width, channels), tensor, meta, asked)
+    return tensor.codes(real.transpose(0, 3, 1, 2) if first else real)
+
+
+def _real(pixels: np.ndarray, tensor: Tensor, meta: dict[str, Any], asked: str) -> np.ndarray:
+    """Pixels 0…255 (1, H, W, C) as the real numbers that the network was trained on."""
+    if "mean" in meta and "std" in meta:  # of pixels scaled to 0…1, as torchvision writes them
+        return (pixels / 255 - np.asarray(meta["mean"])) / np.asarray(meta["std"])
+    if tensor.scale is not None:
+        for scale, black, white in RULES:
+            if abs(float(tensor.scale) / scale - 1) < 0.02:
+                return black + pixels / 255 * (white - black)
+    elif tensor.dtype == "float32" and "range" in meta:
+        black, white = meta["range"]
+        return black + pixels / 255 * (white - black)
+    scale = "no scale" if tensor.scale is None else f"the scale {float(tensor.scale):.4g}"
+    raise NetsukeError(
+        asked, f"how the network wants its pixels is unknown: its input has {scale}",
+        "scales of 1/255, 2/255 or 1, or meta mean and std", "an .npy file of what it was trained on",
+    )  # fmt: skip
