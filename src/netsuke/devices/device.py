@@ -41,6 +41,11 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     idle_power          watts when nothing runs, or None where nobody has said
     homes               what runs there, of HOMES
     sources             where each number is from; dotted for the entries of a table ("rates.int8")
+
+    On microcontrollers whose instructions netsuke can count (an emulated board runs the same C):
+    core                    "cortex-m4", "cortex-m7": the processor that the compiler and the board are asked for
+    clock                   Hz
+    cycles_per_instruction  what one instruction takes in the kernels, flash and its waits included
     """
 
     name: str
@@ -60,6 +65,9 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     homes: tuple[str, ...]
     sources: dict[str, str]
     idle_power: float | None = None
+    core: str | None = None
+    clock: float | None = None
+    cycles_per_instruction: float | None = None
 
     def __post_init__(self):
         def refuse(found: str, allowed: str, attempt: str = "") -> NetsukeError:
@@ -141,6 +149,12 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def mac_energy(self, bits: int) -> float:
         """Joules for one multiply-accumulate with weights of `bits` bits."""
         return self._by_width(self.energy_per_mac, bits)
+
+    def seconds(self, instructions: float) -> float | None:
+        """How long counted instructions take; None on a device whose clock the card does not give."""
+        if self.clock is None or self.cycles_per_instruction is None:
+            return None
+        return instructions * self.cycles_per_instruction / self.clock
 
     def cost(self, work: Work) -> Cost:
         """Latency, energy and memory of `work` here, by the roofline of `cost.py`."""
