@@ -1,0 +1,366 @@
+"""The arena: one static array in which every tensor of a run has its place, planned before anything is built.
+
+A *span* is a run of bytes that is live from one step to another: what an operator writes, until its last reader has
+run. A *block* is what must keep its relative place: a tensor with its views, tensors that are only another look at its
+bytes (reshape, contiguous slices), an output in place of its input, parts that lie where their concatenation wants
+them. Planning is, first, choosing the blocks; second, giving each a base address so that no two spans that are live at
+one step share a byte. The second is strip packing (NP-hard): several greedy orders, then a seeded search over orders
+that ends at the lower bound or after a fixed number of placements, so that a graph has the same plan on every machine.
+Pisarchyk and Lee, 2020 (greedy by size); the spans make it exact for blocks whose size changes with time.
+
+Steps: 0 is the caller filling the inputs, k + 1 is operator k, the last is the caller reading the outputs.
+Reshapes, slices and concatenations whose input lies at its place in the output have nothing left to do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from netsuke.graph.ir import Op, QGraph, Tensor
+from netsuke.graph.ops import OPS
+
+ALIGNMENT = 4  # bytes; the chips load words, and no tensor of a network needs more
+PLACEMENTS = 30_000  # of blocks, in one search: about a second
+
+
+class Span(NamedTuple):
+    """Bytes low…high-1 (of a block) that belong to `tensor` (-1: scratch) and are live from step start to step end."""
+
+    start: int
+    end: int
+    low: int
+    high: int
+    tensor: int
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in its block."""
+
+    block: int
+    at: int
+
+
+@dataclass
+class Arena:
+    """A plan. `size` and `lower_bound` (the most bytes live at one step, `peak_op`) in bytes; size >= lower_bound."""
+
+    size: int
+    lower_bound: int
+    peak_op: int
+    offsets: dict[int, int]
+    scratch: dict[int, int]
+    taken: dict[int, int]
+    blocks: list[list[Span]] = field(repr=False)
+
+    def __contains__(self, tensor: int) -> bool:
+        """Whether the tensor lies in the arena (constants and variables do not)."""
+        return tensor in self.offsets
+
+    def offset(self, tensor: int) -> int:
+        """Byte offset of a tensor. Raises KeyError for one outside the arena."""
+        return self.offsets[tensor]
+
+    def scratch_offset(self, op: int) -> int:
+        """Byte offset of operator `op`'s scratch, 0 when it has none."""
+        return self.scratch.get(op, 0)
+
+    def in_place(self, op: int) -> int | None:
+        """The position of the input whose bytes operator `op`'s first output takes over, or None."""
+        return self.taken.get(op)
+
+    def live(self, op: int) -> list[tuple[int, int]]:
+        """(tensor, bytes) at operator `op`, largest first; they sum to the live bytes. An output in place of an input
+        counts with what it is longer by; tensor -1 is scratch."""
+        count: dict[int, int] = defaultdict(int)
+        for block in self.blocks:
+            covered: list[tuple[int, int]] = []
+            for s in sorted(s for s in block if s.start <= op + 1 <= s.end):
+                before = _union(covered)
+                covered.append((s.low, s.high))
+                count[s.tensor] += _union(covered) - before
+        return sorted(((t, n) for t, n in count.items() if n), key=lambda x: (-x[1], x[0]))
+
+
+def plan_arena(
+    graph: QGraph, scratch: Callable[[QGraph, Op], int] = lambda graph, op: 0, in_place: bool = True
+) -> Arena:
+    """Places everything a run of `graph` touches in RAM, apart from variables, at multiples of 4 bytes.
+
+    `scratch(graph, op)` is the bytes that an operator's kernel needs while it runs. Inputs are live from the start until
+    their last reader (they do not survive a run), outputs to the end, states always. `in_place=False` gives every output
+    bytes of its own, for comparison or where a kernel is faster so.
+    """
+    needs = [scratch(graph, op) for op in graph.ops]
+    best: Arena | None = None
+    for backwards in (False, True):  # which of an addition's two dead inputs is overwritten
+        arena = _plan(graph, needs, in_place, backwards)
+        if best is None or arena.size < best.size:
+            best = arena
+        if best.size <= _up(best.lower_bound):
+            break
+    return best
+
+
+def _plan(graph: QGraph, needs: list[int], in_place: bool, backwards: bool) -> Arena:
+    layout = _Layout(graph)
+    if in_place:
+        layout.share(backwards)
+    blocks, floors = layout.spans, layout.floors
+    keys = [b for b in blocks if blocks[b]]
+    spans = [blocks[b] for b in keys]
+    lowest = [floors[b] for b in keys]
+    for k, n in enumerate(needs):
+        if n:
+            spans.append([Span(k + 1, k + 1, 0, n, -1)])
+            lowest.append(0)
+    live = _live_bytes(spans, len(graph.ops) + 2)
+    bases, size = _pack(spans, lowest, _up(int(live.max())))
+    base = dict(zip(keys, bases))
+    offsets = {}
+    for i in range(len(graph.tensors)):
+        root, at = layout.resolve(i)
+        if root in layout.places and layout.places[root].block in base:
+            place = layout.places[root]
+            offsets[i] = base[place.block] + place.at + at
+    peak = int(np.argmax(live)) - 1
+    scratches = dict(zip((k for k, n in enumerate(needs) if n), bases[len(keys) :]))
+    return Arena(
+        size, int(live.max()), min(max(peak, 0), max(len(graph.ops) - 1, 0)), offsets, scratches, layout.taken, spans
+    )  # fmt: skip
+
+
+class _Layout:
+    """Blocks of a graph: at first one per tensor with bytes of its own; `share` joins them."""
+
+    def __init__(self, graph: QGraph):
+        self.graph = graph
+        self.last = len(graph.ops) + 1
+        self.aliases: dict[int, tuple[int, int]] = {}
+        self.taken: dict[int, int] = {}
+        writes, reads = self._accesses()
+        self.places = {r: Place(r, 0) for r in sorted(set(writes) | set(reads))}
+        self.floors = {r: 0 for r in self.places}
+        self.spans = {r: _spans(r, writes[r], reads[r]) for r in self.places}
+        for read, _ in graph.states:
+            root, at = self.resolve(read)
+            self.spans[root].append(Span(0, self.last, at, at + graph.tensors[read].bytes, root))
+
+    def resolve(self, tensor: int) -> tuple[int, int]:
+        """(tensor that owns the bytes, offset in it) through views, reshapes and slices."""
+        root, at = self.graph.root(tensor), self.graph.offset(tensor)
+        while root in self.aliases:
+            parent, more = self.aliases[root]
+            root, at = self.graph.root(parent), at + more + self.graph.offset(parent)
+        return root, at
+
+    def _accesses(self) -> tuple[dict[int, list], dict[int, list]]:
+        """Per root, (step, low, high) of every write and every read."""
+        g = self.graph
+        written_at = defaultdict(list)
+        for k, op in enumerate(g.ops):
+            for i in op.outputs:
+                written_at[g.root(i)].append(k)
+        writes: dict[int, list] = defaultdict(list)
+        reads: dict[int, list] = defaultdict(list)
+
+        def note(table: dict[int, list], tensor: int, step: int) -> None:
+            root, at = self.resolve(tensor)
+            if not g.tensors[root].constant:
+                table[root].append((step, at, at + g.tensors[tensor].bytes))
+
+        for i in g.inputs:
+            note(writes, i, 0)
+        for k, op in enumerate(g.ops):
+            for i in op.inputs:
+                if i >= 0:
+                    note(reads, i, k + 1)
+            shift = same_bytes(g, op)
+            if shift is not None and self._may_alias(op, k, written_at):
+                self.aliases[op.outputs[0]] = (op.inputs[0], shift)
+                continue
+            for i in op.outputs:
+                note(writes, i, k + 1)
+        for i in (*g.outputs, *(written for _, written in g.states)):
+            note(reads, i, self.last)
+        return writes, reads
+
+    def _may_alias(self, op: Op, k: int, written_at: dict[int, list[int]]) -> bool:
+        """Nothing writes the source's bytes later, and the output is nobody's view, state, constant or second write."""
+        g, x, y = self.graph, op.inputs[0], op.outputs[0]
+        root, _ = self.resolve(x)
+        states = {a for a, _ in g.states}
+        free = g.tensors[y].view is None and not g.tensors[y].constant and y not in states and y not in g.inputs
+        late = root in states or any(j > k for j in written_at[root])
+        return free and not late and written_at[y] == [k] and not g.tensors[root].constant
+
+    def share(self, backwards: bool) -> None:
+        """Joins blocks: outputs in place of inputs that nobody reads later, parts in place in their concatenation."""
+        g = self.graph
+        for k, op in enumerate(g.ops):
+            if op.kind == "concat" and outermost(g.tensors[op.outputs[0]]) == op.attrs["axis"]:
+                at = 0
+                for i in op.inputs:
+                    self._join(k, i, op.outputs[0], at)
+                    at += g.tensors[i].bytes
+                continue
+            positions = [p for p in OPS[op.kind].inplace(g, op) if op.inputs[p] >= 0]
+            for p in reversed(positions) if backwards else positions:
+                if self._alone(op, p) and self._join(k, op.inputs[p], op.outputs[0], 0):
+                    self.taken[k] = p
+                    break
+
+    def _alone(self, op: Op, position: int) -> bool:
+        """No other input reads some of the same bytes from elsewhere (the very same tensor twice is harmless)."""
+        mine = self._range(op.inputs[position])
+        others = (self._range(i) for p, i in enumerate(op.inputs) if p != position and i >= 0)
+        return all(o == mine or o[0] != mine[0] or o[1] >= mine[2] or mine[1] >= o[2] for o in others)
+
+    def _range(self, tensor: int) -> tuple[int, int, int]:
+        root, at = self.resolve(tensor)
+        return root, at, at + self.graph.tensors[tensor].bytes
+
+    def _join(self, k: int, source: int, out: int, at: int) -> bool:
+        """Puts `source` at byte `at` of `out` for good, unless bytes that are still needed would be lost."""
+        (x, xl, xh), (y, yl, yh) = self._range(source), self._range(out)
+        if x not in self.places or y not in self.places:
+            return False  # a constant or a variable
+        a, b = self.places[x], self.places[y]
+        shift = (b.at + yl + at) - (a.at + xl)  # of a's block
+        if shift % ALIGNMENT or (a.block == b.block and shift):
+            return False
+        step = k + 1
+        if a.block == b.block:
+            return True
+        moved = [s._replace(low=s.low + shift, high=s.high + shift) for s in self.spans[a.block]]
+        reading = (a.at + xl + shift, a.at + xh + shift)
+        writing = (b.at + yl, b.at + yh)
+        for s in moved:
+            handed = s.tensor == x and s.end == step and reading[0] <= s.low and s.high <= reading[1]
+            for t in self.spans[b.block]:
+                if s.end < t.start or t.end < s.start or s.high <= t.low or t.high <= s.low:
+                    continue
+                if not (handed and t.tensor == y and t.start == step and writing[0] <= t.low and t.high <= writing[1]):
+                    return False
+        self.spans[b.block] += moved
+        self.floors[b.block] = max(self.floors[b.block], self.floors[a.block] - shift)
+        for root, place in self.places.items():
+            if place.block == a.block:
+                self.places[root] = Place(b.block, place.at + shift)
+        self.spans[a.block] = []
+        return True
+
+
+def outermost(t: Tensor) -> int:
+    """The first axis that is longer than 1 (0 when none is): parts along it are contiguous."""
+    return next((a for a, n in enumerate(t.shape) if n > 1), 0)
+
+
+def same_bytes(graph: QGraph, op: Op) -> int | None:
+    """Byte offset in the input at which the output of a reshape or of a contiguous slice can be found, else None."""
+    if op.kind == "reshape":
+        return 0
+    if op.kind != "slice":
+        return None
+    x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
+    axis = outermost(x)
+    strides = op.attrs.get("stride", (1,) * len(y.shape))
+    if x.shape[axis + 1 :] != y.shape[axis + 1 :] or (strides[axis] != 1 and y.shape[axis] > 1):
+        return None
+    at = op.attrs["begin"][axis] * (x.bytes // x.shape[axis])
+    return at if at % ALIGNMENT == 0 else None
+
+
+def _up(n: int) -> int:
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+def _spans(root: int, writes: Iterable, reads: Iterable) -> list[Span]:
+    """What is live when: the common bytes of each write and each later read; a write that nobody reads, at its step."""
+    out = {Span(w, w, low, high, root) for w, low, high in writes}
+    for w, low, high in writes:
+        for r, first, end in reads:
+            if w <= r and max(low, first) < min(high, end):
+                out.add(Span(w, r, max(low, first), min(high, end), root))
+    return sorted(s for s in out if not any(_within(s, t) for t in out if t != s))
+
+
+def _within(s: Span, t: Span) -> bool:
+    return t.start <= s.start and s.end <= t.end and t.low <= s.low and s.high <= t.high
+
+
+def _union(intervals: list[tuple[int, int]]) -> int:
+    """Bytes covered by intervals that may overlap."""
+    total, reached = 0, None
+    for low, high in sorted(intervals):
+        total += max(0, high - (low if reached is None else max(low, reached)))
+        reached = high if reached is None else max(reached, high)
+    return total
+
+
+def _live_bytes(blocks: list[list[Span]], steps: int) -> np.ndarray:
+    """int64 (steps,): bytes live at each step."""
+    live = np.zeros(steps, np.int64)
+    for spans in blocks:
+        edges = sorted({s.start for s in spans} | {s.end + 1 for s in spans})
+        for start, end in pairwise(edges):
+            live[start:end] += _union([(s.low, s.high) for s in spans if s.start <= start <= s.end])
+    return live
+
+
+def _pack(blocks: list[list[Span]], floors: list[int], bound: int) -> tuple[list[int], int]:
+    """(base address per block, size of the arena)."""
+    n = len(blocks)
+    clashes = _clashes(blocks)
+    tops = [max(s.high for s in b) for b in blocks]
+
+    def place(order: list[int]) -> tuple[list[int], int]:
+        bases: list[int | None] = [None] * n
+        for b in order:
+            taken = sorted((bases[a] + low, bases[a] + high) for a, low, high in clashes[b] if bases[a] is not None)
+            at = _up(floors[b])
+            for low, high in taken:  # `at` is free unless low < at < high
+                if low >= at:
+                    break
+                at = max(at, _up(high))
+            bases[b] = at
+        return bases, max((bases[b] + tops[b] for b in range(n)), default=0)
+
+    height = [max(s.high for s in b) - min(s.low for s in b) for b in blocks]
+    start = [min(s.start for s in b) for b in blocks]
+    length = [max(s.end for s in b) - start[k] + 1 for k, b in enumerate(blocks)]
+    keys = (lambda b: -height[b], lambda b: -height[b] * length[b], lambda b: start[b], lambda b: -length[b])
+    best = min(((*place(o), o) for o in (sorted(range(n), key=k) for k in keys)), key=lambda x: x[1])
+    bases, size, order = best
+    rng = random.Random(0)
+    for _ in range(PLACEMENTS // max(n, 1)):
+        if size <= bound:
+            break
+        top = [b for b in range(n) if bases[b] + tops[b] == size]
+        moved = rng.choice(top) if rng.random() < 0.5 else rng.randrange(n)
+        tried = [b for b in order if b != moved]
+        tried.insert(rng.randrange(order.index(moved) + 1) if moved in top else rng.randrange(n), moved)
+        found, reached = place(tried)
+        if reached <= size:
+            bases, size, order = found, reached, tried
+    return bases, size
+
+
+def _clashes(blocks: list[list[Span]]) -> list[list[tuple[int, int, int]]]:
+    """Per block b, (other block a, low, high): with a at address 0, b may not be at low < address < high."""
+    owner = np.array([k for k, b in enumerate(blocks) for _ in b])
+    table = np.array([s[:4] for b in blocks for s in b], np.int64).reshape(-1, 4)
+    out = []
+    for k, spans in enumerate(blocks):
+        found = set()
+        for s in spans:
+            near = np.flatnonzero((table[:, 0] <= s.end) & (table[:, 1] >= s.start) & (owner != k))
+            found.update((int(owner[j]), int(table[j, 2]) - s.high, int(table[j, 3]) - s.low) for j in near)
+        out.append(sorted(found))
+    return out
