@@ -3,10 +3,7 @@
 A *span* is a run of bytes that is live from one step to another: what an operator writes, until its last reader has
 run. A *block* is what must keep its relative place: a tensor with its views, tensors that are only another look at its
 bytes (reshape, contiguous slices), an output in place of its input, parts that lie where their concatenation wants
-them. Planning is, first, choosing the blocks; second, giving each a base address so that no two spans that are live at
-one step share a byte. The second is strip packing (NP-hard): several greedy orders, then a seeded search over orders
-that ends at the lower bound or after a fixed number of placements, so that a graph has the same plan on every machine.
-Pisarchyk and Lee, 2020 (greedy by size); the spans make it exact for blocks whose size changes with time.
+them. Planning is choosing the blocks, here, and packing them, in `packing`.
 
 Steps: 0 is the caller filling the inputs, k + 1 is operator k, the last is the caller reading the outputs.
 Reshapes, slices and concatenations whose input lies at its place in the output have nothing left to do.
@@ -14,30 +11,16 @@ Reshapes, slices and concatenations whose input lies at its place in the output 
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from netsuke.graph.ir import Op, QGraph, Tensor
 from netsuke.graph.ops import OPS
-
-ALIGNMENT = 4  # bytes; the chips load words, and no tensor of a network needs more
-PLACEMENTS = 30_000  # of blocks, in one search: about a second
-
-
-class Span(NamedTuple):
-    """Bytes low…high-1 (of a block) that belong to `tensor` (-1: scratch) and are live from step start to step end."""
-
-    start: int
-    end: int
-    low: int
-    high: int
-    tensor: int
+from netsuke.graph.packing import ALIGNMENT, Span, live_bytes, pack, union, up
 
 
 class Place(NamedTuple):
@@ -82,9 +65,9 @@ class Arena:
         for block in self.blocks:
             covered: list[tuple[int, int]] = []
             for s in sorted(s for s in block if s.start <= op + 1 <= s.end):
-                before = _union(covered)
+                before = union(covered)
                 covered.append((s.low, s.high))
-                count[s.tensor] += _union(covered) - before
+                count[s.tensor] += union(covered) - before
         return sorted(((t, n) for t, n in count.items() if n), key=lambda x: (-x[1], x[0]))
 
 
@@ -103,7 +86,7 @@ def plan_arena(
         arena = _plan(graph, needs, in_place, backwards)
         if best is None or arena.size < best.size:
             best = arena
-        if best.size <= _up(best.lower_bound):
+        if best.size <= up(best.lower_bound):
             break
     return best
 
@@ -120,8 +103,8 @@ def _plan(graph: QGraph, needs: list[int], in_place: bool, backwards: bool) -> A
         if n:
             spans.append([Span(k + 1, k + 1, 0, n, -1)])
             lowest.append(0)
-    live = _live_bytes(spans, len(graph.ops) + 2)
-    bases, size = _pack(spans, lowest, _up(int(live.max())))
+    live = live_bytes(spans, len(graph.ops) + 2)
+    bases, size = pack(spans, lowest, up(int(live.max())))
     base = dict(zip(keys, bases))
     offsets = {}
     for i in range(len(graph.tensors)):
@@ -277,10 +260,6 @@ def same_bytes(graph: QGraph, op: Op) -> int | None:
     return at if at % ALIGNMENT == 0 else None
 
 
-def _up(n: int) -> int:
-    return -(-n // ALIGNMENT) * ALIGNMENT
-
-
 def _spans(root: int, writes: Iterable, reads: Iterable) -> list[Span]:
     """What is live when: the common bytes of each write and each later read; a write that nobody reads, at its step."""
     out = {Span(w, w, low, high, root) for w, low, high in writes}
@@ -293,74 +272,3 @@ def _spans(root: int, writes: Iterable, reads: Iterable) -> list[Span]:
 
 def _within(s: Span, t: Span) -> bool:
     return t.start <= s.start and s.end <= t.end and t.low <= s.low and s.high <= t.high
-
-
-def _union(intervals: list[tuple[int, int]]) -> int:
-    """Bytes covered by intervals that may overlap."""
-    total, reached = 0, None
-    for low, high in sorted(intervals):
-        total += max(0, high - (low if reached is None else max(low, reached)))
-        reached = high if reached is None else max(reached, high)
-    return total
-
-
-def _live_bytes(blocks: list[list[Span]], steps: int) -> np.ndarray:
-    """int64 (steps,): bytes live at each step."""
-    live = np.zeros(steps, np.int64)
-    for spans in blocks:
-        edges = sorted({s.start for s in spans} | {s.end + 1 for s in spans})
-        for start, end in pairwise(edges):
-            live[start:end] += _union([(s.low, s.high) for s in spans if s.start <= start <= s.end])
-    return live
-
-
-def _pack(blocks: list[list[Span]], floors: list[int], bound: int) -> tuple[list[int], int]:
-    """(base address per block, size of the arena)."""
-    n = len(blocks)
-    clashes = _clashes(blocks)
-    tops = [max(s.high for s in b) for b in blocks]
-
-    def place(order: list[int]) -> tuple[list[int], int]:
-        bases: list[int | None] = [None] * n
-        for b in order:
-            taken = sorted((bases[a] + low, bases[a] + high) for a, low, high in clashes[b] if bases[a] is not None)
-            at = _up(floors[b])
-            for low, high in taken:  # `at` is free unless low < at < high
-                if low >= at:
-                    break
-                at = max(at, _up(high))
-            bases[b] = at
-        return bases, max((bases[b] + tops[b] for b in range(n)), default=0)
-
-    height = [max(s.high for s in b) - min(s.low for s in b) for b in blocks]
-    start = [min(s.start for s in b) for b in blocks]
-    length = [max(s.end for s in b) - start[k] + 1 for k, b in enumerate(blocks)]
-    keys = (lambda b: -height[b], lambda b: -height[b] * length[b], lambda b: start[b], lambda b: -length[b])
-    best = min(((*place(o), o) for o in (sorted(range(n), key=k) for k in keys)), key=lambda x: x[1])
-    bases, size, order = best
-    rng = random.Random(0)
-    for _ in range(PLACEMENTS // max(n, 1)):
-        if size <= bound:
-            break
-        top = [b for b in range(n) if bases[b] + tops[b] == size]
-        moved = rng.choice(top) if rng.random() < 0.5 else rng.randrange(n)
-        tried = [b for b in order if b != moved]
-        tried.insert(rng.randrange(order.index(moved) + 1) if moved in top else rng.randrange(n), moved)
-        found, reached = place(tried)
-        if reached <= size:
-            bases, size, order = found, reached, tried
-    return bases, size
-
-
-def _clashes(blocks: list[list[Span]]) -> list[list[tuple[int, int, int]]]:
-    """Per block b, (other block a, low, high): with a at address 0, b may not be at low < address < high."""
-    owner = np.array([k for k, b in enumerate(blocks) for _ in b])
-    table = np.array([s[:4] for b in blocks for s in b], np.int64).reshape(-1, 4)
-    out = []
-    for k, spans in enumerate(blocks):
-        found = set()
-        for s in spans:
-            near = np.flatnonzero((table[:, 0] <= s.end) & (table[:, 1] >= s.start) & (owner != k))
-            found.update((int(owner[j]), int(table[j, 2]) - s.high, int(table[j, 3]) - s.low) for j in near)
-        out.append(sorted(found))
-    return out
