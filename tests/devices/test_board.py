@@ -127,8 +127,12 @@ def test_a_run_ends_at_its_limits(firmware):
 
 
 def test_sizes(firmware):
-    assert firmware.symbols()["vector"] == 5000 and firmware.objects["vector"].text >= 5000
-    assert firmware.objects["main"].data == 4
+    assert firmware.symbols()["vector"] == 5000 and firmware.parts["vector"].text >= 5000
+    assert firmware.parts["main"].data == 4
+    inside = {part: size for part, size in firmware.parts.items() if part != "vector"}
+    linked = sum(size.text + size.data for size in inside.values())
+    assert set(inside) >= {"main", "board", "libc"} and 0 <= firmware.flash - linked < 200  # padding
+    assert 0 <= firmware.ram - sum(size.data + size.bss for size in inside.values()) < 100
     assert 2000 < firmware.flash < 40_000  # printf is in it, the vector beside it is not
     assert 0 < firmware.ram < RAM - 4096
 

@@ -121,23 +121,24 @@ class EmulatedBoard:
             list(pool.map(compile_one, jobs, objects))
         for to in objects[len(sources) : own]:
             _tool(asked, "objcopy", *(f"--rename-section={s}=.beside{s}" for s in (".text", ".rodata")), str(to))
-        sizes = _sizes(objects)
         elf = out / "firmware.elf"
-        self._link(asked, flags, objects, elf, sizes)
-        return Firmware(self, elf, {o.stem[3:]: sizes[o] for o in objects[:own]}, **_total(elf))
+        self._link(asked, flags, objects, elf)
+        board = {o.stem for o in objects[own:]}
+        return Firmware(self, elf, _linked(elf.with_suffix(".map"), board), **_total(elf))
 
-    def _link(self, asked: str, flags: list[str], objects: list[Path], elf: Path, sizes: dict[Path, Size]) -> None:
+    def _link(self, asked: str, flags: list[str], objects: list[Path], elf: Path) -> None:
         limits = {"ns_flash_limit": self.flash, "ns_ram_limit": self.ram, "ns_stack_reserve": self.stack}
         try:
             _tool(
                 asked, "gcc", *flags, "-nostartfiles", f"-T{SOURCES / 'board.ld'}", "-Wl,--gc-sections",
-                *(f"-Wl,--defsym={k}={v}" for k, v in limits.items()), *map(str, objects), "-lm", "-o", str(elf),
+                *(f"-Wl,--defsym={k}={v}" for k, v in limits.items()), *map(str, objects), "-lm",
+                f"-Wl,-Map={elf.with_suffix('.map')}", "-o", str(elf),
             )  # fmt: skip
         except NetsukeError as e:
             over = dict(re.findall(r"region `(FLASH|RAM)' overflowed by (\d+) bytes", e.found))
             if not over:
                 raise
-            said = []
+            said, sizes = [], _sizes(objects)
             for region, what, limit, pick in (
                 ("FLASH", "flash", self.flash, lambda s: s.text + s.data),
                 ("RAM", "RAM", self.ram, lambda s: s.data + s.bss),
@@ -189,11 +190,11 @@ class Run:
 @dataclass(frozen=True)
 class Firmware:
     """A linked program. flash and ram are bytes linked, without what was built beside and without the stack's reserve;
-    objects are the sizes of the object files before unused parts were dropped."""
+    parts are the bytes linked by source file ("board": the start-up code; libc, libm, libgcc: what the sources pulled in)."""
 
     board: EmulatedBoard
     elf: Path
-    objects: dict[str, Size]
+    parts: dict[str, Size]
     flash: int
     ram: int
 
@@ -295,6 +296,23 @@ def _tool(asked: str, name: str, *args: str) -> str:
 def _sizes(objects: list[Path]) -> dict[Path, Size]:
     rows = _tool("measure the object files", "size", *map(str, objects)).splitlines()[1:]
     return {o: Size(*map(int, row.split()[:3])) for o, row in zip(objects, rows)}
+
+
+def _linked(map_file: Path, board: set[str]) -> dict[str, Size]:
+    """What each source file and library has in the firmware, from the linker's map."""
+    out: dict[str, list[int]] = {}
+    placed = map_file.read_text().split("Linker script and memory map")[-1]
+    rows = re.findall(r"^ \.?(\S+)\s+0x[0-9a-f]+\s+0x([0-9a-f]+) (\S+\.o\)?)$", placed, re.M)
+    for section, size, origin in rows:
+        kind = next((k for k, prefix in enumerate((("text", "rodata", "vectors", "ARM.ex", "beside"), ("data",), ("bss",)))
+                     if section.startswith(prefix)), None)  # fmt: skip
+        if kind is None:  # notes and comments, which are not loaded
+            continue
+        library = re.search(r"/(lib\w+)\.a\(", origin)
+        stem = library[1] if library else Path(origin).stem
+        part = "board" if stem in board else stem if library else stem[3:]
+        out.setdefault(part, [0, 0, 0])[kind] += int(size, 16)
+    return {part: Size(*sizes) for part, sizes in out.items() if any(sizes)}
 
 
 def _total(elf: Path) -> dict[str, int]:

@@ -95,11 +95,11 @@ static void __attribute__((naked)) reset(void) {
 }
 
 /* 16 of the core, then interrupts, of which timer 1's is number 9 and the only one. */
-__attribute__((section(".vectors"), used)) static void *const vectors[16 + 10] = {
-    [0] = fault_stack + sizeof fault_stack / sizeof *fault_stack,
-    [1] = (void *)reset, [2] = (void *)fault, [3] = (void *)fault, [4] = (void *)fault, [5] = (void *)fault,
-    [6] = (void *)fault, [16 + 9] = (void *)ns_limit,
-};
+__attribute__((section(".vectors"), used)) static const struct {
+  uint32_t *stack;
+  void (*handler[15 + 10])(void); /* handler[n] is exception n + 1 */
+} vectors = {fault_stack + sizeof fault_stack / sizeof *fault_stack,
+             {[0] = reset, [1] = fault, [2] = fault, [3] = fault, [4] = fault, [5] = fault, [15 + 9] = ns_limit}};
 
 static void region(uint32_t number, uint32_t base, uint32_t log2_size, uint32_t off, uint32_t access) {
   MPU_RNR = number;
