@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from netsuke.graph.ops import conv, elementwise, recurrent, shape
+from netsuke.graph.ops import conv, elementwise, lstm, recurrent, shape, signal, train
 from netsuke.graph.ops.base import Kind
 
 OPS: dict[str, Kind] = {
     **conv.KINDS,
     **elementwise.KINDS,
+    **lstm.KINDS,
     **recurrent.KINDS,
     **shape.KINDS,
+    **signal.KINDS,
+    **train.KINDS,
 }
