@@ -11,7 +11,7 @@ import pytest
 from netsuke.errors import NetsukeError
 from netsuke.graph import Interpreter
 from netsuke.graph.read.npz import read_npz
-from netsuke.graph.read.pickle_free import load_plain, read_pickle_free
+from netsuke.graph.read.pickle_free import load_plain, read_pickle
 
 DATA = Path(os.environ.get("NETSUKE_DATA", "../shared/data")) / "tiny-training"
 
@@ -24,7 +24,7 @@ def archive(path, data: bytes, name="archive/data.pkl"):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="tiny-training is not in NETSUKE_DATA")
 def test_the_original_pickle_is_the_same_network():
-    a, b = read_pickle_free(DATA / "mcunet-5fps.pkl"), read_npz(DATA / "mcunet-5fps.npz")
+    a, b = read_pickle(DATA / "mcunet-5fps.pkl"), read_npz(DATA / "mcunet-5fps.npz")
     assert len(a.ops) == len(b.ops)
     for s, t in zip(a.tensors, b.tensors):
         assert (s.name, s.shape, s.dtype, s.zero) == (t.name, t.shape, t.dtype, t.zero)
@@ -70,14 +70,14 @@ def deep():
 def test_hostile_pickles_end_in_a_sentence(tmp_path, monkeypatch, data, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NetsukeError, match=says):
-        read_pickle_free(archive(tmp_path / "x.pkl", data))
+        read_pickle(archive(tmp_path / "x.pkl", data))
     assert not (tmp_path / "made-by-a-pickle").exists()
 
 
 def test_an_array_that_claims_more_than_its_bytes(tmp_path):
     data = pickle.dumps({"x": np.zeros(3, np.int8)}, protocol=2).replace(b"K\x03\x85", b"K\x07\x85")
     with pytest.raises(NetsukeError, match="shape"):
-        read_pickle_free(archive(tmp_path / "x.pkl", data))
+        read_pickle(archive(tmp_path / "x.pkl", data))
 
 
 def test_files_that_are_no_such_archive(tmp_path):
@@ -85,4 +85,4 @@ def test_files_that_are_no_such_archive(tmp_path):
     plain.write_bytes(pickle.dumps({}))
     for path in (plain, archive(tmp_path / "other.pkl", b"", "readme"), tmp_path / "absent.pkl"):
         with pytest.raises(NetsukeError):
-            read_pickle_free(path)
+            read_pickle(path)

@@ -85,6 +85,7 @@ class Reader:
                 done[name] = self.b.input(name, self._input_shape(ready["config"]))
             else:
                 done[name] = self._apply(ready, [done[s] for s in self._sources(ready)])
+        self.b.graph.inputs = tuple(done[n].index for n in _ends(model["input_layers"]))
         return [done[n] for n in _ends(model["output_layers"])]
 
     def _sources(self, layer: dict[str, Any]) -> list[str]:

@@ -110,7 +110,7 @@ def _plain(value: Any, left: Iterator[int]) -> Any:
     raise ValueError(f"a value of type {type(value).__name__}")
 
 
-def read_pickle_free(path: Path) -> QGraph:
+def read_pickle(path: Path) -> QGraph:
     """The network in `path`. Raises NetsukeError for any pickle but a dict of plain values and arrays."""
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
