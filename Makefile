@@ -8,7 +8,11 @@ export NETSUKE_DATA ?= $(abspath $(wildcard ../shared/data))
 
 PROMPT := 'class Stack:\n    """A simple stack."""\n\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self'
 
-.PHONY: demo test lint bench pages fuzz clean
+# Compilers and emulators of other processors: Debian's packages, for tests that are skipped (and say so) without them
+TOOLS := gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
+  gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user
+
+.PHONY: tools demo test lint bench pages fuzz clean
 
 .venv/ready: constraints.txt pyproject.toml $(shell find native -name "*.[ch]" -o -name "*.cpp" -o -name CMakeLists.txt)
 	$(PYTHON) -m venv .venv
@@ -21,7 +25,14 @@ demo: .venv/ready
 	$(BIN)/netsuke fit pycode --device pi-zero-2w --storage 4MB -o $(OUT)/pycode-4mb.netsuke
 	$(BIN)/netsuke run $(OUT)/pycode-4mb.netsuke --tokens 48 --temperature 0.6 --top-p 0.9 --seed 4 --prompt "$$(printf $(PROMPT))"
 
-test: .venv/ready
+tools:
+	@if (command -v arm-none-eabi-gcc && command -v qemu-system-arm && command -v qemu-aarch64) > /dev/null; then :; \
+	elif command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
+	  (timeout 300 apt-get update && timeout 900 apt-get install -y --no-install-recommends $(TOOLS)) > build-tools.log 2>&1 \
+	    && rm -f build-tools.log || echo "no emulators: Debian's packages could not be installed; their tests are skipped"; \
+	else echo "no emulators (apt-get install $(TOOLS)): their tests are skipped"; fi
+
+test: .venv/ready tools
 	$(BIN)/pytest -n 2
 
 lint: .venv/ready
