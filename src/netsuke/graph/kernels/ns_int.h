@@ -1,0 +1,50 @@
+/* What the integer kernels share: the one rescaling, loads, and which instructions may be used. */
+#ifndef NS_INT_H
+#define NS_INT_H
+
+#include <stddef.h>
+#include <string.h>
+
+#include "ns.h"
+
+#if defined(__ARM_FEATURE_DSP) && !defined(NS_NO_DSP)
+#define NS_DSP 1
+#include <arm_acle.h>
+#else
+#define NS_DSP 0
+#endif
+
+#if defined(__GNUC__)
+#define NS_INLINE static inline __attribute__((always_inline))
+#else
+#define NS_INLINE static inline
+#endif
+
+/* The package's library runs on any x86-64: its loops exist for three generations of vectors, chosen when it is loaded. */
+#if defined(NS_CLONES)
+#define NS_HOT __attribute__((target_clones("default", "avx2", "arch=skylake-avx512")))
+#else
+#define NS_HOT
+#endif
+
+NS_INLINE int32_t ns_min(int32_t a, int32_t b) { return a < b ? a : b; }
+NS_INLINE int32_t ns_max(int32_t a, int32_t b) { return a > b ? a : b; }
+NS_INLINE int32_t ns_clip(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
+
+/* Sums may wrap on the way as long as the end fits: unsigned arithmetic has no overflow. */
+NS_INLINE int32_t ns_wrap_add(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
+NS_INLINE int32_t ns_wrap_mul(int32_t a, int32_t b) { return (int32_t)((uint32_t)a * (uint32_t)b); }
+
+/* ((total * m + 2^(shift-1)) >> shift) + zero, clipped. */
+NS_INLINE int8_t ns_requant(int32_t total, int32_t m, int32_t shift, int32_t zero, int32_t low, int32_t high) {
+  const int64_t q = (((int64_t)total * m + ((int64_t)1 << (shift - 1))) >> shift) + zero;
+  return (int8_t)(q < low ? low : q > high ? high : q);
+}
+
+/* Code k of a row of int4 codes. */
+NS_INLINE int32_t ns_nibble(const uint8_t *row, int32_t k) {
+  const int32_t v = (row[k >> 1] >> ((k & 1) * 4)) & 15;
+  return (v ^ 8) - 8;
+}
+
+#endif
