@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 ALIGNMENT = 4  # bytes; the chips load words, and no tensor of a network needs more
-PLACEMENTS = 30_000  # of blocks, in one search: about a second
+PLACEMENTS = 30_000  # of blocks, in one search: about a second where the bound is not met
 
 
 class Span(NamedTuple):
