@@ -21,7 +21,8 @@ def _layer(
     source = g.tensors[x]
     ins = source.shape[3]
     shape = (kernel, kernel, ins) if depthwise else (outs, kernel, kernel, ins)
-    scales = rng.uniform(0.004, 0.012, outs)
+    fan_in = kernel * kernel * (1 if depthwise else ins)
+    scales = rng.uniform(0.5, 1.5, outs) * (7 / fan_in) ** 0.5 / 52  # activations keep their size from layer to layer
     w = g.constant(
         f"{name}.weight",
         rng.integers(-90, 91, shape).astype(np.int8),

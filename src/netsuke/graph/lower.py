@@ -93,9 +93,9 @@ class Rule:
 @cache
 def rules() -> dict[str, Rule]:
     """The rule of every kind of operator that has kernels."""
-    from netsuke.graph import lower_move, lower_ops
+    from netsuke.graph import lower_move, lower_ops, lower_train
 
-    return {**lower_ops.RULES, **lower_move.RULES}
+    return {**lower_ops.RULES, **lower_move.RULES, **lower_train.RULES}
 
 
 def scratch(graph: QGraph, op: Op) -> int:
