@@ -196,3 +196,13 @@ def test_a_sum_does_not_overwrite_its_broadcast_summand():
     y = same.append("add", same.outputs * 2, image((1, 4, 4, 8)))
     same.outputs = (y,)
     assert plan_arena(same.check()).in_place(1) == 0  # twice the very same bytes: each is read before it is written
+
+
+def test_a_look_at_bytes_that_are_written_again_is_a_copy():
+    g = chain("lut")
+    y = g.outputs[0]
+    z = g.append("reshape", (y,), image((1, 4, 4, 8)))
+    g.ops.append(Op("lut", (0,), (y,), {"table": np.arange(-128, 128)[::-1].astype(np.int8)}))
+    g.outputs = (g.append("add", (z, y), image((1, 4, 4, 8))),)
+    xs = inputs_of(g)
+    np.testing.assert_array_equal(run_in_bytes(g, plan_arena(g.check()), *xs)[0], Interpreter(g).run(*xs)[0])
