@@ -151,8 +151,8 @@ def zero_padding(r: Reader, name: str, c: dict[str, Any], values: list[Value], w
 
 
 def rescaling(r: Reader, name: str, c: dict[str, Any], values: list[Value], weights: Weights) -> Value:
-    v = r.b.binary("mul", values[0], np.full(1, c["scale"], np.float32), f"{name}.scale")
-    return r.b.binary("add", v, np.full(1, c.get("offset", 0.0), np.float32), name)
+    v = r.b.binary("mul", values[0], c["scale"], f"{name}.scale")
+    return r.b.binary("add", v, c.get("offset", 0.0), name)
 
 
 def _merge(kind: str) -> Layer:

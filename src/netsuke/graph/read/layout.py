@@ -141,15 +141,16 @@ class Builder:
         """x where x > 0, else slope * x: the function of that name, or slope * x + (1 - slope) * relu(x)."""
         if abs(slope - 0.01) < 1e-7:
             return self.unary(v, "leaky_relu", name)
-        line = self.binary("mul", v, np.full(1, slope, np.float32), f"{name}.slope")
-        positive = self.binary("mul", self.unary(v, "relu", f"{name}.relu"), np.full(1, 1 - slope), f"{name}.positive")
+        line = self.binary("mul", v, slope, f"{name}.slope")
+        positive = self.binary("mul", self.unary(v, "relu", f"{name}.relu"), 1 - slope, f"{name}.positive")
         return self.binary("add", line, positive, name)
 
-    def binary(self, kind: str, a: Value, b: Value | np.ndarray, name: str) -> Value:
+    def binary(self, kind: str, a: Value, b: Value | np.ndarray | float, name: str) -> Value:
         """`add` or `mul`; b broadcasts to a or, of two values, a to b."""
         if isinstance(b, Value) and math.prod(b.shape) > math.prod(a.shape):
             a, b = b, a
-        shape = np.shape(b) if isinstance(b, np.ndarray) else b.shape
+        b = b if isinstance(b, Value) else np.asarray(b, np.float64)
+        shape = b.shape
         if len(shape) > len(a.shape) or np.broadcast_shapes(a.shape, shape) != a.shape:
             raise self.refuse(name, f"shapes {a.shape} and {shape} do not broadcast to the first", "equal shapes")
         if isinstance(b, np.ndarray):
