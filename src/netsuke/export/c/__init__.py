@@ -1,0 +1,93 @@
+"""The C home: a small network as a folder of C99 that any compiler takes. No malloc, one static arena, weights in flash.
+
+    src/NAME.h, NAME.c, NAME_weights.h, kernels/    what goes into the firmware; an Arduino library as it is
+    test/NAME_test.c                                known inputs and the reference's outputs: `make test`
+    examples/NAME/NAME.ino                          the first call
+    Makefile, CMakeLists.txt, library.properties, README.md, size.json
+
+The calls are those of `graph/lower.py`, so that this code, the host's and the reference interpreter give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from netsuke.errors import NetsukeError
+from netsuke.graph.ir import QGraph, Tensor
+from netsuke.models.artifact import remove_stale, replace, write_file
+from netsuke.models.files import plain_name, read_json
+
+FORMAT, VERSION, FACTS = "netsuke-c", 1, "size.json"
+LONGEST_NAME = 40
+TARGETS = ("all", "clean", "help", "install", "test")  # names that CMake keeps for itself
+
+
+def write_c(
+    graph: QGraph, out: Path, *, name: str = "model", golden: list[np.ndarray] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Writes the folder `out` and returns what its size.json says (without the list of calls).
+
+    name    prefix of files, functions and macros: two networks with different names link together
+    golden  test inputs, per input of the graph an array (n, …); None: two runs on numbers from a generator with `seed`
+
+    The folder is complete or not there; one that this function wrote before is replaced. Raises NetsukeError for a name
+    that C does not take, for anything else at `out`, and for a graph that is not sound.
+    """
+    asked = f"export {graph.name} as C to {out.name}"
+    if not re.fullmatch(r"(?!ns(_|$))[A-Za-z][A-Za-z0-9_]*", name) or len(name) > LONGEST_NAME or name in TARGETS:
+        raise NetsukeError(asked, f"the name {name!r} is no prefix of C functions", "letters, digits, _ (not ns_…)")
+    out = Path(os.path.realpath(out))
+    if not plain_name(out.name) or not out.parent.is_dir():
+        raise NetsukeError(asked, "the name is not plain or the parent folder does not exist", "a new folder's name")
+    if os.path.lexists(out) and not _is_ours(out):
+        raise NetsukeError(asked, "something else is there", "a new folder, or one that export wrote", "another name")
+    from netsuke.export.c.source import sources
+
+    files, facts = sources(graph.check(), name, golden, seed)
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        for path, text in files.items():
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+            write_file(part / path, text.encode())
+        replace(part, out)
+        remove_stale(out)
+    except OSError as e:
+        raise NetsukeError(asked, e.strerror or str(e), "a folder that can be written to, with room left") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {k: v for k, v in facts.items() if k != "calls"}
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and read_json(folder / FACTS).get("format") == FORMAT
+    except NetsukeError:
+        return False
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What size.json says, with `input` and `output`: the first of each as a Tensor. NetsukeError for other folders."""
+    asked = f"read the C folder {folder}"
+    if not (folder / FACTS).is_file():
+        raise NetsukeError(asked, f"it has no {FACTS}", "a folder written by netsuke export --home c")
+    facts = read_json(folder / FACTS)
+    if facts.get("format") != FORMAT or facts.get("version") != VERSION:
+        raise NetsukeError(
+            asked, f"format {facts.get('format')!r}, version {facts.get('version')!r}", f"{FORMAT} {VERSION}"
+        )
+    try:
+        return facts | {"input": _tensor(facts["inputs"][0]), "output": _tensor(facts["outputs"][0])}
+    except (KeyError, IndexError, TypeError, ValueError) as e:
+        raise NetsukeError(asked, f"{FACTS} is damaged ({e})", "the file as it was written") from None
+
+
+def _tensor(row: dict[str, Any]) -> Tensor:
+    scale = None if row["scale"] is None else np.float64(row["scale"])
+    return Tensor(str(row["name"]), tuple(int(n) for n in row["shape"]), str(row["dtype"]), scale, int(row["zero"]))
