@@ -260,7 +260,7 @@ def test_pools(kind, dtype, seed):
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_operators_that_move(dtype):
     rng = np.random.default_rng(5)
-    for trial in range(12):
+    for _ in range(12):
         shape = tuple(int(v) for v in rng.integers(1, 6, 4))
         for kind in ("pad", "transpose", "concat", "slice", "reshape"):
             g = graph_of(rng, shape, dtype)
@@ -315,7 +315,7 @@ def test_every_structure_has_its_function_and_size():
 
 
 def test_sources_follow_includes():
-    assert sources({"ns_dense"}) == ["dense.c", "ns.h", "ns_int.h", "ns_rows.h"]
+    assert sources({"ns_dense"}) == ["dense.c", "ns.h", "ns_dsp.h", "ns_int.h", "ns_rows.h"]
     assert "host.c" not in sources(set(structures()))
 
 

@@ -144,15 +144,19 @@ def strip_rows(s: dict[str, int]) -> int:
     return min(STRIP, s["oh"])
 
 
-def _block_bytes(graph: QGraph, op: Op, rows: int, length: int) -> int:
-    """`rows` rows of 16-bit numbers, padded to whole words of codes."""
-    whole = 8 if graph.tensors[op.inputs[1]].dtype == "int4" else 4
-    return (rows if rows < BLOCK - 1 else BLOCK) * -(-length // whole) * whole * 2
+def _whole(w: Tensor) -> int:
+    """Codes in a word of weights."""
+    return 8 if w.dtype == "int4" else 4
+
+
+def _block_bytes(w: Tensor, rows: int, length: int) -> int:
+    """`rows` rows of 16-bit numbers, padded to whole words of codes; three are worked on as four."""
+    return (rows if rows < BLOCK - 1 else BLOCK) * -(-length // _whole(w)) * _whole(w) * 2
 
 
 def _dense_scratch(graph: QGraph, op: Op) -> int:
     x, w = graph.tensors[op.inputs[0]], graph.tensors[op.inputs[1]]
-    return _block_bytes(graph, op, _rows(graph, op), w.shape[-1]) if x.dtype == "int8" else 0
+    return _block_bytes(w, _rows(graph, op), w.shape[-1]) if x.dtype == "int8" else 0
 
 
 def _conv2d_scratch(graph: QGraph, op: Op) -> int:
@@ -164,10 +168,8 @@ def _conv2d_scratch(graph: QGraph, op: Op) -> int:
         return _dense_scratch(graph, op)
     channels = w.shape[3] if op.kind == "conv2d" else 1
     length = math.prod(w.shape[1:3] if op.kind == "conv2d" else w.shape[:2]) * channels
-    staged = (
-        _block_bytes(graph, op, 1, length) // 2 if channels % 4 else 0
-    )  # the window's codes, before they are widened
-    return _block_bytes(graph, op, y.shape[1] * y.shape[2], length) + staged
+    staged = _block_bytes(w, 1, length) // 2 if channels % _whole(w) else 0  # the window's codes, not widened yet
+    return _block_bytes(w, y.shape[1] * y.shape[2], length) + staged
 
 
 def _depthwise2d_scratch(graph: QGraph, op: Op) -> int:

@@ -1,18 +1,14 @@
 /* Dense layers and pointwise convolutions, int8, with int8 or int4 weights. y may begin where x does. */
 #include "ns_rows.h"
 
-/* Blocks go downwards when the output is longer than the input, so that it overwrites only what has been read. */
+/* Rows go downwards when the output is longer than the input, so that it overwrites only what has been read. */
 NS_INLINE void dense(const ns_dense_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m, int8_t *y,
                      int16_t *block, const int32_t w4) {
-  const ns_rows g = {p->i, (p->i + 3) & ~3, p->o, p->o, p->zx, p->zy, p->shift, p->low, p->high, w4};
-  const int32_t blocks = (p->rows + NS_BLOCK - 1) / NS_BLOCK;
-  for (int32_t step = 0; step < blocks; step++) {
-    const int32_t row = (p->o > p->i ? blocks - 1 - step : step) * NS_BLOCK;
-    const int32_t n = ns_min(NS_BLOCK, p->rows - row);
-    for (int32_t r = 0; r < n; r++) {
-      ns_expand(block + r * g.kp, x + (ptrdiff_t)(row + r) * p->i, p->i, p->zx);
-      ns_zero(block + r * g.kp + p->i, g.kp - p->i);
-    }
+  const ns_rows g = ns_rows_of(p->i, p->o, p->o, p->zx, p->zy, p->shift, p->low, p->high, w4);
+  for (int32_t left = p->rows, n; left > 0; left -= n) {
+    n = ns_together(left);
+    const int32_t row = p->o > p->i ? left - n : p->rows - left;
+    for (int32_t r = 0; r < n; r++) ns_put(&g, block, n, r, 0, x + (ptrdiff_t)(row + r) * p->i, p->i, w4);
     ns_block(&g, block, n, w, bias, m, y + (ptrdiff_t)row * p->o, w4);
   }
 }

@@ -1,27 +1,139 @@
 /* Dot products of a few rows of activations (pixels), expanded to 16 bits without their zero point, with rows of weights.
- * Dense layers, pointwise and general convolutions are this, and differ in how they gather the rows. */
+ * Dense layers, pointwise and general convolutions are this, and differ in how they gather the rows.
+ *
+ * A block of rows is filled by ns_put and ns_put_zero; ns_block gives the outputs of its rows. */
 #ifndef NS_ROWS_H
 #define NS_ROWS_H
 
-#include "ns_int.h"
+#include "ns_dsp.h"
 
-#define NS_BLOCK 4   /* rows at once */
-#define NS_TILE 16   /* output channels whose sums wait for one loop of rescaling */
-#define NS_PIECE 64  /* int4 codes that are unpacked at once */
+#define NS_BLOCK 4  /* rows at once */
+#define NS_TILE 16  /* output channels whose sums wait for one loop of rescaling */
+#define NS_PIECE 64 /* int4 codes that are unpacked at once */
 
 typedef struct {
-  int32_t k, kp, o, ys;          /* numbers in a row, rounded up to 4; output channels; elements between rows of y */
+  int32_t k, kp, o, ys; /* numbers in a row, rounded up to whole words of codes; output channels; from row to row of y */
   int32_t zx, zy, shift, low, high;
-  int32_t w4;
 } ns_rows;
 
-/* Appends n codes less `zero` to a row of the block. */
-NS_INLINE void ns_expand(int16_t *out, const int8_t *x, int32_t n, int32_t zero) {
-  for (int32_t i = 0; i < n; i++) out[i] = (int16_t)(x[i] - zero);
+/* Codes in a word of weights. */
+NS_INLINE int32_t ns_whole(const int32_t w4) { return w4 ? 8 : 4; }
+
+NS_INLINE ns_rows ns_rows_of(int32_t k, int32_t o, int32_t ys, int32_t zx, int32_t zy, int32_t shift, int32_t low, int32_t high,
+                             const int32_t w4) {
+  const ns_rows g = {k, (k + ns_whole(w4) - 1) & -ns_whole(w4), o, ys, zx, zy, shift, low, high};
+  return g;
 }
 
-NS_INLINE void ns_zero(int16_t *out, int32_t n) {
-  for (int32_t i = 0; i < n; i++) out[i] = 0;
+/* How many of `left` rows are worked on together: one or two are less work one by one. */
+NS_INLINE int32_t ns_together(int32_t left) { return left >= NS_BLOCK ? NS_BLOCK : left == 3 ? 3 : 1; }
+
+#if NS_DSP
+
+NS_INLINE void ns_word(uint32_t *out, int32_t lanes, uint32_t minus, uint32_t v, uint32_t next, const int32_t w4) {
+  const uint32_t even = ns_even(minus, v), odd = ns_odd(minus, v);
+  if (w4) {
+    const uint32_t even2 = ns_even(minus, next), odd2 = ns_odd(minus, next);
+    out[0] = ns_bottoms(odd, odd2);
+    out[lanes] = ns_tops(odd, odd2);
+    out[2 * lanes] = ns_bottoms(even, even2);
+    out[3 * lanes] = ns_tops(even, even2);
+  } else {
+    out[0] = even;
+    out[lanes] = odd;
+  }
+}
+
+/* Codes k to k + n - 1 of row r, one of `rows`. k begins a word; a word that x does not fill is filled with zero points. */
+NS_INLINE void ns_put(const ns_rows *g, int16_t *block, int32_t rows, int32_t r, int32_t k, const int8_t *x, int32_t n,
+                      const int32_t w4) {
+  const int32_t lanes = rows > 1 ? NS_BLOCK : 1, whole = ns_whole(w4), step = lanes * whole / 2;
+  const uint32_t minus = ((uint32_t)-g->zx & 0xffff) * 0x10001u;
+  uint32_t *out = (uint32_t *)block + k / 2 * lanes + r;
+  for (; n >= whole; n -= whole, x += whole, out += step) {
+    ns_word(out, lanes, minus, ns_load4(x), w4 ? ns_load4(x + 4) : 0, w4);
+  }
+  if (n) {
+    int8_t rest[8];
+    for (int32_t i = 0; i < 8; i++) rest[i] = i < n ? x[i] : (int8_t)g->zx;
+    ns_word(out, lanes, minus, ns_load4(rest), ns_load4(rest + 4), w4);
+  }
+}
+
+/* Zero points from code k on, n of them; both whole words. */
+NS_INLINE void ns_put_zero(const ns_rows *g, int16_t *block, int32_t rows, int32_t r, int32_t k, int32_t n) {
+  (void)g;
+  const int32_t lanes = rows > 1 ? NS_BLOCK : 1;
+  uint32_t *out = (uint32_t *)block + k / 2 * lanes + r;
+  for (int32_t i = 0; i < n; i += 2, out += lanes) *out = 0;
+}
+
+/* y[r * ys + o] for the rows of the block. */
+NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, const void *weights, const int32_t *bias,
+                        const int32_t *m, int8_t *y, const int32_t w4) {
+  const ns_scale s = ns_scale_of(g->shift, g->zy, g->low, g->high);
+  const int32_t stride = w4 ? (g->k + 1) / 2 : g->k, groups = g->kp / ns_whole(w4);
+  const uint32_t *x = (const uint32_t *)block;
+  const int8_t *w = (const int8_t *)weights;
+  if (rows == 1) {
+    for (int32_t o = 0; o < g->o; o += 2, w += 2 * stride) {
+      const int32_t two = o + 1 < g->o, first = bias ? bias[o] : 0, second = bias && two ? bias[o + 1] : 0;
+      const int8_t *u = two ? w + stride : w;
+      int32_t acc[2] = {first, second};
+      if (w4) {
+        acc[0] = acc[1] = 0;
+        ns_mac1_w4(acc, (const uint8_t *)w, (const uint8_t *)u, x, groups);
+        acc[0] = (acc[0] >> 4) + first;
+        acc[1] = (acc[1] >> 4) + second;
+      } else {
+        ns_mac1(acc, w, u, x, groups);
+      }
+      for (int32_t j = 0; j <= two; j++) {
+        y[o + j] = s.quick ? ns_requant_quick(acc[j], m[o + j], s.addend, s.shift)
+                           : ns_requant(acc[j], m[o + j], g->shift, g->zy, g->low, g->high);
+      }
+    }
+    return;
+  }
+  int8_t *y1 = y + g->ys, *y2 = y1 + g->ys, *y3 = rows > 3 ? y2 + g->ys : y2;
+  for (int32_t o = 0; o < g->o; o++, w += stride) {
+    const int32_t first = bias ? bias[o] : 0, scale = m[o];
+    int32_t acc[4] = {first, first, first, first};
+    if (w4) {
+      acc[0] = acc[1] = acc[2] = acc[3] = 0;
+      ns_mac4_w4(acc, (const uint8_t *)w, x, groups);
+      for (int32_t r = 0; r < 4; r++) acc[r] = (acc[r] >> 4) + first;
+    } else {
+      ns_mac4(acc, w, x, groups);
+    }
+    /* With three rows the fourth is rubbish and is overwritten by the third. */
+    if (s.quick) {
+      y3[o] = ns_requant_quick(acc[3], scale, s.addend, s.shift);
+      y2[o] = ns_requant_quick(acc[2], scale, s.addend, s.shift);
+      y1[o] = ns_requant_quick(acc[1], scale, s.addend, s.shift);
+      y[o] = ns_requant_quick(acc[0], scale, s.addend, s.shift);
+    } else {
+      y3[o] = ns_requant(acc[3], scale, g->shift, g->zy, g->low, g->high);
+      y2[o] = ns_requant(acc[2], scale, g->shift, g->zy, g->low, g->high);
+      y1[o] = ns_requant(acc[1], scale, g->shift, g->zy, g->low, g->high);
+      y[o] = ns_requant(acc[0], scale, g->shift, g->zy, g->low, g->high);
+    }
+  }
+}
+
+#else
+
+NS_INLINE void ns_put_zero(const ns_rows *g, int16_t *block, int32_t rows, int32_t r, int32_t k, int32_t n) {
+  (void)rows;
+  for (int32_t i = 0; i < n; i++) block[r * g->kp + k + i] = 0;
+}
+
+NS_INLINE void ns_put(const ns_rows *g, int16_t *block, int32_t rows, int32_t r, int32_t k, const int8_t *x, int32_t n,
+                      const int32_t w4) {
+  int16_t *out = block + r * g->kp + k;
+  (void)rows;
+  (void)w4;
+  for (int32_t i = 0; i < n; i++) out[i] = (int16_t)(x[i] - g->zx);
 }
 
 NS_INLINE void ns_dot4(const int16_t *c, int32_t kp, const int8_t *w, int32_t n, int32_t acc[NS_BLOCK]) {
@@ -46,7 +158,7 @@ NS_INLINE void ns_dot1(const int16_t *c, const int8_t *w, int32_t n, int32_t acc
   acc[0] += s;
 }
 
-/* y[row * ys + o] for `rows` (1 to 4) rows of the block, whose row r begins at block + r * kp. */
+/* y[r * ys + o] for the rows of the block. */
 NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, const void *weights, const int32_t *bias,
                         const int32_t *m, int8_t *y, const int32_t w4) {
   int32_t tile[NS_BLOCK][NS_TILE];
@@ -84,4 +196,5 @@ NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, co
   }
 }
 
+#endif
 #endif
