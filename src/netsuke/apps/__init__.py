@@ -1,0 +1,1 @@
+"""Whole applications, built only on the tiers below."""

@@ -1,0 +1,1 @@
+"""Applications for signals sampled over time: a heart read by one lead, a forecast from a hundred numbers."""
