@@ -14,18 +14,50 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
 from netsuke.errors import NetsukeError
-from netsuke.graph.ir import QGraph, Tensor
+from netsuke.graph.ir import DTYPES, QGraph, Tensor
 from netsuke.models.artifact import remove_stale, replace, write_file
 from netsuke.models.files import plain_name, read_json
 
 FORMAT, VERSION, FACTS = "netsuke-c", 1, "size.json"
+NAME = r"(?!ns(_|$))[A-Za-z][A-Za-z0-9_]*"  # ns_ is the kernels'
 LONGEST_NAME = 40
 TARGETS = ("all", "clean", "help", "install", "test")  # names that CMake keeps for itself
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+
+
+class _Tensor(msgspec.Struct):
+    name: str
+    shape: list[Positive]
+    dtype: Literal[DTYPES]
+    size: Positive
+    bytes: Positive
+    scale: float | None
+    zero: int
+
+
+class _Facts(msgspec.Struct):
+    """size.json as far as programs read it: names become parts of paths and of C."""
+
+    format: str
+    version: int
+    name: Annotated[str, msgspec.Meta(pattern=f"^{NAME}$", max_length=LONGEST_NAME)]
+    network: str
+    macs: int
+    arena: int
+    flash: dict[str, Any]
+    ram: dict[str, int]
+    kernels: list[Annotated[str, msgspec.Meta(pattern=r"^\w+\.c$")]]
+    inputs: Annotated[list[_Tensor], msgspec.Meta(min_length=1)]
+    outputs: Annotated[list[_Tensor], msgspec.Meta(min_length=1)]
+    variables: list[_Tensor]
+    calls: list[dict[str, str]]
 
 
 def write_c(
@@ -40,7 +72,7 @@ def write_c(
     that C does not take, for anything else at `out`, and for a graph that is not sound.
     """
     asked = f"export {graph.name} as C to {out.name}"
-    if not re.fullmatch(r"(?!ns(_|$))[A-Za-z][A-Za-z0-9_]*", name) or len(name) > LONGEST_NAME or name in TARGETS:
+    if not re.fullmatch(NAME, name) or len(name) > LONGEST_NAME or name in TARGETS:
         raise NetsukeError(asked, f"the name {name!r} is no prefix of C functions", "letters, digits, _ (not ns_…)")
     out = Path(os.path.realpath(out))
     if not plain_name(out.name) or not out.parent.is_dir():
@@ -83,11 +115,12 @@ def facts_of(folder: Path) -> dict[str, Any]:
             asked, f"format {facts.get('format')!r}, version {facts.get('version')!r}", f"{FORMAT} {VERSION}"
         )
     try:
-        return facts | {"input": _tensor(facts["inputs"][0]), "output": _tensor(facts["outputs"][0])}
-    except (KeyError, IndexError, TypeError, ValueError) as e:
-        raise NetsukeError(asked, f"{FACTS} is damaged ({e})", "the file as it was written") from None
+        facts = msgspec.to_builtins(msgspec.convert(facts, _Facts))
+    except msgspec.ValidationError as e:
+        raise NetsukeError(asked, f"{FACTS}: {e}", "the file as it was written") from None
+    return facts | {"input": _tensor(facts["inputs"][0]), "output": _tensor(facts["outputs"][0])}
 
 
 def _tensor(row: dict[str, Any]) -> Tensor:
     scale = None if row["scale"] is None else np.float64(row["scale"])
-    return Tensor(str(row["name"]), tuple(int(n) for n in row["shape"]), str(row["dtype"]), scale, int(row["zero"]))
+    return Tensor(row["name"], tuple(row["shape"]), row["dtype"], scale, row["zero"])
