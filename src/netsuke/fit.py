@@ -1,6 +1,6 @@
 """`netsuke fit MODEL --device pi4 --storage 4MB`: carve a model until it fits, and prove it.
 
-The steps are in carve.py, the report in carve_report.py.
+The steps are in carve.py and carve_report.py, for small networks in carve_network.py and network_report.py.
 """
 
 from __future__ import annotations
@@ -21,31 +21,41 @@ def fit(
     energy: str | None = None, max_loss: str | None = None, data: str | None = None, context: int | None = None,
     out: str | None = None, cuts: bool = True, on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Carves `model` (artifact, Hugging Face folder, llama2.c file or "pycode") until it fits, and writes the artifact
-    and its report beside it.
+    """Carves `model` (a language model: artifact, Hugging Face folder, llama2.c file, "pycode"; or a small network: .tflite,
+    .onnx, Keras, .npz) until it fits, and writes the artifact and its report beside it.
 
     device            a card's name, a TOML file, or "this"
     ram … max_loss    limits as text ("512MB", "50ms" and "2mJ" per generated token, "2%" of the metric); RAM and storage
                       default to the device's own. With max_loss alone the smallest model within it is sought
     data              a UTF-8 text file or folder, cut 80/10/10, or "python-library"; default: what the model's own
-                      manifest names
+                      manifest names. For small networks a folder or .zip of <class>/<picture>, or an .npz with x and y
     context           tokens of text per window and of the key/value cache; default: at most 512 of the model's own
     cuts              whether layers may become narrower, or only their bits fewer
 
     Returns the report as a dictionary. Raises NetsukeError for unusable input, and with code 1 when no set of choices
     meets the budget; nothing is written then.
     """
-    from netsuke.carve import Carving
-    from netsuke.carve_report import report_of
     from netsuke.devices import Budget
+    from netsuke.graph.read import is_graph
     from netsuke.report import write_report
 
     budget = Budget.parse(ram, storage, latency, energy, max_loss)
-    plain = Path(model).name.removesuffix(".netsuke").removesuffix(".bin") or "model"
+    name = Path(model).name
+    plain = (Path(name).stem if is_graph(model) else name.removesuffix(".netsuke").removesuffix(".bin")) or "model"
     target = Path(out or f"{plain}-{Path(device).stem}.netsuke")
     if target.suffix != ".netsuke":
         target = target.with_name(target.name + ".netsuke")
-    carving = Carving(model, device, budget, data, context, target, cuts, on_progress or (lambda *_: None))
+    tell = on_progress or (lambda *_: None)
+    if is_graph(model):
+        from netsuke.carve_network import NetworkCarving
+        from netsuke.network_report import report_of
+
+        carving = NetworkCarving(model, device, budget, data, target, cuts, tell)
+    else:
+        from netsuke.carve import Carving
+        from netsuke.carve_report import report_of
+
+        carving = Carving(model, device, budget, data, context, target, cuts, tell)
     carving.run()
     report = report_of(carving)
     write_report(report, target.with_suffix(".report.html"), target.with_suffix(".report.json"))

@@ -1,4 +1,7 @@
-"""`netsuke plan MODEL --device pi4`: memory, speed and whether it fits, from headers alone, before anything is loaded."""
+"""`netsuke plan MODEL --device pi4`: memory, speed and whether it fits, from headers alone, before anything is loaded.
+
+Small networks for microcontrollers are planned in network_plan.py.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,12 @@ def plan(
     for option, value in (("--context", context), ("--batch", batch), ("--prompt", prompt), ("--tokens", tokens)):
         if value is not None and not 1 <= value <= 1 << 28:
             raise NetsukeError(f"plan with {option} {value}", "that is no number of tokens or windows", "1 or more")
+    from netsuke.graph.read import is_graph
+
+    if is_graph(model):
+        from netsuke.network_plan import plan_network
+
+        return plan_network(model, device, train)
     card = Device.load(device)
     from netsuke.models.load import describe
     from netsuke.runtime import memory_plan, native_plan
@@ -131,14 +140,16 @@ def _remedy(binding: list[str], memory_at: Any, context: int, card: Device) -> s
 def register(app: typer.Typer) -> None:
     @app.command("plan", help="Memory, speed and whether a model fits a device, before anything is loaded.")
     def command(
-        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c or GGUF file, or 'pycode'")],
+        model: Annotated[str, typer.Argument(help="a language model (or 'pycode'), or a small network")],
         device: Annotated[str, typer.Option(help="a card's name (netsuke devices), a TOML file, or 'this'")] = "this",
         context: Annotated[
             int | None, typer.Option(help="tokens of context; default: the model's, at most 2048")
         ] = None,
         batch: Annotated[int, typer.Option(help="sequences at once; windows per training step")] = 1,
         prompt: Annotated[int | None, typer.Option(help="tokens of the prompt")] = None,
-        train: Annotated[str | None, typer.Option(help="plan a training step too: full or last-K")] = None,
+        train: Annotated[
+            str | None, typer.Option(help="plan training too: full or last-K; small networks: plan.json")
+        ] = None,
         tokens: Annotated[int, typer.Option(help="tokens per training window")] = 256,
         backend: Annotated[str, typer.Option(help="native (the engine) or torch")] = "native",
         kv: Annotated[str, typer.Option(help="keys and values as float16 or int8 (native)")] = "float16",
@@ -157,6 +168,10 @@ def register(app: typer.Typer) -> None:
         )
         if as_json:
             print(json.dumps(got))
+        elif got.get("kind") == "network":
+            from netsuke.network_plan import show as show_network
+
+            show_network(got)
         else:
             show(got)
         raise typer.Exit(0 if got["fits"] else 1)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DASH = "–"
-LATENCY_NAMES = {"per_token": "time per token", "first_token": "time to first token"}
+LATENCY_NAMES = {"per_token": "time per token", "first_token": "time to first token", "per_run": "time per run"}
 TEXT_METRICS = {"perplexity", "bits_per_byte"}
 
 

@@ -91,7 +91,7 @@ def _emulated(folder: Path, inputs: list[str], board: str, out: str | None) -> d
     if rows:
         names = [Path(p).name for p, r in zip(inputs, rows) for _ in r]
         y = facts["output"] if graph is None else graph.tensors[graph.outputs[0]]
-        answers = _answers(got.pop("outputs"), y, graph.meta if graph else {}, names, out)
+        answers = _answers(got.pop("outputs")[0], y, graph.meta if graph else {}, names, out)
     got.pop("outputs", None)
     return {"model": str(folder.name), "backend": f"emulated {board}", **got, **answers}
 

@@ -26,18 +26,33 @@ class Home:
         return importlib.import_module(self.module).write
 
 
-HOMES = {"gguf": Home("netsuke.export.gguf", ".gguf", (16, 8, 4), "one file for llama.cpp and its relatives")}
+HOMES = {
+    "gguf": Home("netsuke.export.gguf", ".gguf", (16, 8, 4), "one file for llama.cpp and its relatives"),
+    "c": Home("netsuke.export.c", "", (), "a folder of C99 for microcontrollers (small networks)"),
+}
 
 
 @verb
-def export(model: str, home: str, *, out: str | None = None, bits: int | None = None) -> dict[str, Any]:
+def export(
+    model: str,
+    home: str,
+    *,
+    out: str | None = None,
+    bits: int | None = None,
+    name: str = "model",
+    patches: bool = False,
+) -> dict[str, Any]:
     """Writes `model` in the form of `home` to `out` (default: the model's name with the home's suffix).
+
+    name, patches   for C: the prefix of its functions; the first layers band by band, which needs less RAM and more time
 
     Returns {model, home, file, bits, bytes, …} with the home's own facts and notes. Raises NetsukeError for an unknown
     home, a width it does not have, a place that cannot be written to and models it cannot express.
     """
     if home not in HOMES:
         raise NetsukeError(f"export {model}", f"the home {home!r} is unknown", ", ".join(HOMES))
+    if home == "c":
+        return _export_c(model, out, bits, name, patches)
     row = HOMES[home]
     bits = row.bits[0] if bits is None else bits
     if bits not in row.bits:
@@ -51,3 +66,35 @@ def export(model: str, home: str, *, out: str | None = None, bits: int | None = 
 
     facts = row.writer()(load(model), path, bits)
     return {"model": model, "home": home, "file": str(path), "bits": bits, "bytes": path.stat().st_size, **facts}
+
+
+def _export_c(model: str, out: str | None, bits: int | None, name: str, patches: bool) -> dict[str, Any]:
+    from netsuke.export.c import write_c
+    from netsuke.graph.lower import scratch
+    from netsuke.graph.read import is_graph, load_graph
+
+    if bits is not None:
+        raise NetsukeError(
+            f"export {model} as C", f"--bits is {bits}", "the network's own widths", "netsuke fit, which chooses them"
+        )
+    if not is_graph(model):
+        attempt = "netsuke export --home gguf"
+        raise NetsukeError(
+            f"export {model} as C",
+            "it is no small network",
+            ".tflite, .onnx, Keras, .npz or an artifact of one",
+            attempt,
+        )
+    path = Path(out or Path(model).stem)
+    graph, notes = load_graph(model), []
+    if patches:
+        from netsuke.graph.patches import best_patching
+
+        graph, facts = best_patching(graph, scratch)
+        before, after = facts["arena_before"], facts["arena"]
+        notes.append(
+            f"in patches: arena {before:,} -> {after:,} bytes, {facts['extra_macs']:,} more multiply-accumulates"
+        )
+    facts = write_c(graph, path, name=name)
+    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    return {"model": model, "home": "c", "file": str(path), "bytes": size, "notes": notes, **facts}

@@ -15,10 +15,12 @@ HOMES_HELP = "; ".join(f"{name}: {home.what}" for name, home in HOMES.items())
 def register(app: typer.Typer) -> None:
     @app.command("export", help="Write a model in the form that another program runs.")
     def command(
-        model: Annotated[str, typer.Argument(help="artifact, Hugging Face folder, llama2.c or GGUF file, or 'pycode'")],
+        model: Annotated[str, typer.Argument(help="a language model, or a small network (c)")],
         home: Annotated[str, typer.Option(help=HOMES_HELP)],
         bits: Annotated[int | None, typer.Option(help="widest weights to store; default: the home's widest")] = None,
-        out: Annotated[str | None, typer.Option("-o", "--out", help="the file to write; default: MODEL's name")] = None,
+        out: Annotated[str | None, typer.Option("-o", "--out", help="what to write; default: MODEL's name")] = None,
+        name: Annotated[str, typer.Option(help="c: prefix of functions and files")] = "model",
+        patches: Annotated[bool, typer.Option(help="c: first layers band by band, for less RAM")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
     ) -> None:
         from rich.console import Console
@@ -28,9 +30,23 @@ def register(app: typer.Typer) -> None:
 
         note = Console(stderr=True)
         with note.status(f"writing for {home}"):
-            got = export(model, home, out=out, bits=bits)
+            got = export(model, home, out=out, bits=bits, name=name, patches=patches)
         if as_json:
             print(json.dumps(got))
+            return
+        if home == "c":
+            table = Table("folder", "arena", "flash: weights, tables", "multiply-accumulates")
+            table.add_row(
+                got["file"],
+                format_bytes(got["arena"]),
+                format_bytes(got["flash"]["constants"] + got["flash"]["parameters"]),
+                f"{got['macs']:,}",
+            )
+            Console().print(table)
+            print(f"make -C {got['file']} test        the self-test, on this machine")
+            print(f"netsuke run {got['file']} --emulate m4")
+            for sentence in got["notes"]:
+                note.print(f"note: {sentence}", highlight=False)
             return
         table = Table("file", "bytes", *got["types"], "unchanged maps")
         counts = [str(n) for n in got["types"].values()]

@@ -84,12 +84,25 @@ def picture(path: Path, tensor: Tensor, meta: dict[str, Any], asked: str) -> np.
             pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box), np.float64)
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as e:
         raise NetsukeError(asked, f"not a readable picture ({str(e)[:80]})", ", ".join(PICTURES)) from None
-    real = _real(pixels.reshape(1, height, width, channels), tensor, meta, asked)
-    return tensor.codes(real.transpose(0, 3, 1, 2) if first else real)
+    return pixels_to_codes(pixels.reshape(1, height, width, channels), tensor, meta, asked)
+
+
+def pixels_to_codes(
+    pixels: np.ndarray, tensor: Tensor, meta: dict[str, Any], asked: str = "read pictures"
+) -> np.ndarray:
+    """Pixels 0…255 (n, H, W, C) as codes for an input (1, H, W, C) or (1, C, H, W)."""
+    real = _real(pixels, tensor, meta, asked)
+    if real.shape[1:] != tensor.shape[1:]:
+        real = real.transpose(0, 3, 1, 2)
+    if real.shape[1:] != tensor.shape[1:]:
+        raise NetsukeError(
+            asked, f"pictures {pixels.shape[1:]} for a network that takes {tensor.shape[1:]}", "its size"
+        )
+    return tensor.codes(real)
 
 
 def _real(pixels: np.ndarray, tensor: Tensor, meta: dict[str, Any], asked: str) -> np.ndarray:
-    """Pixels 0…255 (1, H, W, C) as the real numbers that the network was trained on."""
+    """Pixels 0…255 (n, H, W, C) as the real numbers that the network was trained on."""
     if "mean" in meta and "std" in meta:  # of pixels scaled to 0…1, as torchvision writes them
         return (pixels / 255 - np.asarray(meta["mean"])) / np.asarray(meta["std"])
     if tensor.scale is not None:
