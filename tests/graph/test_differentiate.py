@@ -112,7 +112,7 @@ def test_training_lowers_the_loss():
     net, x = residual_network(), images(8, seed=5)
     run = ReferenceTraining(training_graph(net, PLAN, 4))
     start = run.variables()
-    chances = [[run.step(x[i], i % 4, 0.003)[1] for i in range(8)] for _ in range(8)]
+    chances = [[run.step(x[i], label=i % 4, rate=0.003)[1] for i in range(8)] for _ in range(8)]
     assert np.mean(-np.log(chances[-1])) < 0.3 * np.mean(-np.log(chances[0]))
     assert run.variables()["step"][0] == 64
     moved = {n for n, v in run.variables().items() if not np.array_equal(v, start[n])}
@@ -123,7 +123,7 @@ def test_only_kept_channels_change():
     net, x = residual_network(), images(8, seed=5)
     run = ReferenceTraining(training_graph(net, PLAN, 4))
     for i in range(8):
-        run.step(x[i], i % 4, 0.05)
+        run.step(x[i], label=i % 4, rate=0.05)
     k = layers(net)[4]
     changed = np.any(run.variables()["b.pw1.weight"] != net.tensors[net.ops[k].inputs[1]].data, axis=(0, 1, 2))
     assert set(np.flatnonzero(changed)) <= set(kept_channels(net, net.ops[k], 0.5))
@@ -136,7 +136,7 @@ def test_steps_repeat_under_a_seed():
     def after(rule):
         run = ReferenceTraining(training_graph(net, PLAN, 4, rule))
         for i in range(2):
-            run.step(x[i], i, 0.02)
+            run.step(x[i], label=i, rate=0.02)
         return run.variables()["b.pw1.weight"]
 
     np.testing.assert_array_equal(after(UpdateRule()), after(UpdateRule()))
@@ -162,7 +162,8 @@ def test_stochastic_rounding_is_unbiased():
 def test_the_generator_is_the_one_that_is_documented():
     assert [int(v) for v in mix(np.array([0, 1, 0xFFFFFFFF], np.uint32))] == [0, 0x514E28B7, 0x81F16F39]
     u = uniform(123, np.array([4], np.uint32), 100_000)
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0
+    assert u.max() < 1
     assert np.histogram(u, 16)[0].std() < 200
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.01
 

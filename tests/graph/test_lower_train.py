@@ -36,7 +36,7 @@ def test_weights_are_the_same_after_many_steps(plan, rule):
     host, seen = host_steps(g, x, rate)
     reference = ReferenceTraining(g)
     for i, image in enumerate(x):
-        logits, chance = reference.step(image, i % 4, rate)
+        logits, chance = reference.step(image, label=i % 4, rate=rate)
         np.testing.assert_array_equal(seen[i][0], logits)
         assert seen[i][1][0] == np.float32(chance)
     moved = 0

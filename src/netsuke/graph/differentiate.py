@@ -8,7 +8,7 @@ The same operators run forward in int8; then come the gradient of the loss by th
     3. of a layer's saved input only the channels that the plan keeps are copied; masks are one bit per element
     4. an update follows its gradient at once, so that no gradient outlives the layer below it
 
-Inputs: image (int8), label (int32), rate (float32): the learning rate may change from step to step without a new build.
+Inputs: those of the network, label (int32), rate (float32): the learning rate may change from step to step without a new build.
 Outputs: the logits of the forward pass, and the probability that it gave to the label. Biases and weights of the plan, and
 the step counter that drives the stochastic rounding, are variables.
 """
@@ -63,6 +63,10 @@ def with_head(graph: QGraph, classes: int | None = None) -> QGraph:
     n = classes or w.shape[0]
     if op.kind == "depthwise2d" or y.size != w.shape[0] or not 2 <= n <= w.shape[0]:
         raise NetsukeError(asked, f"the head {op.name!r} has {w.shape[0]} rows", f"2 to {w.shape[0]} classes")
+    if n == w.shape[0] and all(later.kind == "reshape" for later in out.ops[k + 1 :]) and (
+        out.tensors[out.outputs[0]].shape == (1, n)
+    ):  # fmt: skip
+        return out  # it is as it should be, and its tensors keep their numbers
     inputs = [op.inputs[0], out.constant(w.name, w.data[:n], scale=_rows(w.scale, n), axis=0)]
     if len(op.inputs) > 2 and op.inputs[2] >= 0:
         b = out.tensors[op.inputs[2]]
@@ -85,7 +89,7 @@ def training_graph(
     graph: QGraph,
     plan: UpdatePlan,
     classes: int | None = None,
-    rule: UpdateRule = UpdateRule(),  # noqa: B008 (frozen)
+    rule: UpdateRule = UpdateRule(),
     early: bool = True,
 ) -> QGraph:
     """`graph` with the head `with_head` gives it, trained by `plan`, one image per run.
@@ -96,8 +100,8 @@ def training_graph(
     """
     base = with_head(graph, classes)
     plan.check(base)
-    if len(base.inputs) != 1 or base.states:
-        raise NetsukeError(f"train {graph.name}", "it has states or several inputs", "one image in")
+    if base.states:
+        raise NetsukeError(f"train {graph.name}", "it has a state between runs", "a network without memory")
     return _Builder(base, plan, rule, early).build()
 
 
@@ -294,8 +298,8 @@ class ReferenceTraining:
         self.graph = graph.copy()
         self._interpreter = Interpreter(self.graph)
 
-    def step(self, image: np.ndarray, label: int, rate: float) -> tuple[np.ndarray, float]:
-        """One image (H, W, C) int8: (its logits before the update, int8 (1, K); the probability of its label)."""
+    def step(self, *sample: np.ndarray, label: int, rate: float) -> tuple[np.ndarray, float]:
+        """One sample, int8 (H, W, C): (its logits before the update, int8 (1, K); the probability of its label)."""
         g = self.graph
 
         def keep(k: int, outs: tuple[np.ndarray, ...]) -> None:
@@ -303,8 +307,8 @@ class ReferenceTraining:
                 if g.tensors[i].variable:
                     g.tensors[i].data = out
 
-        inputs = image[None], np.array([label], np.int32), np.array([rate], np.float32)
-        logits, chance = self._interpreter.run(*inputs, on_op=keep)
+        inputs = np.array([label], np.int32), np.array([rate], np.float32)
+        logits, chance = self._interpreter.run(*(x[None] for x in sample), *inputs, on_op=keep)
         return logits, float(chance[0])
 
     def variables(self) -> dict[str, np.ndarray]:

@@ -46,6 +46,13 @@ def prefix(graph: QGraph, start: int) -> QGraph:
     return out
 
 
+def suffix(graph: QGraph, start: int) -> QGraph:
+    """The operators from `start` on, with the frontier as inputs."""
+    out = graph.copy()
+    out.ops, out.inputs = out.ops[start:], tuple(frontier(graph, start))
+    return out
+
+
 def features(graph: QGraph, start: int, images: np.ndarray, batch: int = 16) -> list[np.ndarray]:
     """The frontier's codes for images (N, H, W, C), one array (N, …) per tensor."""
     if start == 0:

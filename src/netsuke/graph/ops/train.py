@@ -6,7 +6,8 @@ multiply-add: NumPy and C (-ffp-contract=off) then give the same bits, and weigh
 clip_mask           x int8 -> bits uint8 (1, ceil(n / 8)), lowest bit first: 1 where low < x < high
 pick_channels       x (1, H, W, C) int8, channels int32 (c) -> (1, H, W, c)
 loss_gradient       logits int8 (1, K), label int32 (1), exps float32 (256) -> gradient float32 (1, K) by codes, and the
-                    probability (1) of the label: t_k = exps[max - x_k], S = sum t_k, p_k = t_k / S, g_k = (p_k - [k = label]) scale
+                    probability (1) of the label: t_k = exps[max - x_k], S = sum t_k, p_k = t_k / S,
+                    g_k = (p_k - [k = label]) scale
 clip_gradient       g, bits or none, e float32 (C) or (1) -> g e where the bit is 1, else 0; may overwrite g
 pool_gradient       g (1, 1, 1, C) -> (1, H, W, C), g times attrs["factor"]
 conv_gradient       g (1, OH, OW, O), w -> gradient of the input: sum over ky, kx, then o, of g w
