@@ -83,7 +83,7 @@ def test_scaling_is_by_the_square_of_the_scale(case):
 
 def test_scaled_training_does_not_depend_on_the_scale_of_the_codes(case):
     """The same real network with another scale of one layer's codes takes the same steps in real numbers."""
-    net, cut, labels = case
+    net, _, labels = case
     k = layers(net)[8]
     fine = residual_network()
     w, b = (fine.tensors[i] for i in fine.ops[k].inputs[1:])
