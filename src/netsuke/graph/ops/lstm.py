@@ -3,13 +3,15 @@
 LSTM of Hochreiter & Schmidhuber (1997) with forget gates, quantized after Li & Alvarez, "On the quantization of recurrent
 neural networks" (2021), as TensorFlow Lite's "8x8_16" form. For each step t, with rows in the order i, f, g, o:
 
-    a = sat16((X * Mx + R * Mr + 2^(S-1)) >> S)        X = W (x_t - zx) + b, R = U (h - zh), both int32; a is Q3.12
+    a = sat16(sat16(q(W (x_t - zx) + b)) + q(U (h - zh)))     q(sum) = (sum * M + 2^(S-1)) >> S in int64, to Q3.12
     i, f, o = table(sigmoid, a)   g = table(tanh, a)    Q0.15; `look_up` interpolates in 513 entries
     c' = clip((f * c + ((i * g) >> (15 - n)) + 2^14) >> 15, -limit, limit)     int16, scale 2^-n, n in 9 … 15
-    h' = clip(((o * table(tanh, sat16(c' scaled to Q3.12)) * M + 2^(S'-1)) >> S') + zh, -128, 127)
+    h' = clip(((o * table(tanh, sat16(c' in Q3.12)) * M + 2^(S-1)) >> S) + zh, -128, 127)
 
-Mx, Mr are per row and share S (`gate_multipliers`; sums of int64 products stay below 2^63), M, S' are those of
-2^-30 / scale_h. c' goes to Q3.12 by a left shift of 12 - n bits, or a right shift (half up) of n - 12.
+M and S are those of the ratio of scales to 2^-12, M per row, one pair for W and one for U (`gate_multipliers`), and of
+2^-30 / scale_h for h; the sums are int32. The part of x saturates on its own, as in LiteRT (TensorFlow Lite Micro saturates
+the part of h, too: the two differ where gates are saturated). c' goes to Q3.12 by a left shift of 12 - n bits, or a right
+shift (half up) of n - 12.
 
 inputs   x (1, T, I) int8, W (4 H, I) int8, U (4 H, H) int8, b (4 H) int32 of scale scale_x * scale_W, h (1, H) int8,
          c (1, H) int16 of scale 2^-n and zero point 0; scales of W and U are one per row
@@ -47,12 +49,16 @@ def look_up(table: Array, a: Array) -> Array:
     return low + (((high - low) * f + 64) >> 7)
 
 
-def gate_multipliers(graph: QGraph, op: Op) -> tuple[Array, Array, int]:
-    """(Mx, Mr, S): int32 per row, for the sums over x and over h."""
+def gate_multipliers(graph: QGraph, op: Op) -> tuple[tuple[Array, int], tuple[Array, int]]:
+    """(M int32 per row, S) of the sums over x, and of those over h."""
     x, w, u, _, h, _ = (graph.tensors[i] for i in op.inputs)
-    ratios = [np.broadcast_to(a.scale * b.scale / GATE, (w.shape[0],)) for a, b in ((x, w), (h, u))]
-    m, shift = multipliers(np.concatenate(ratios))
-    return m[: w.shape[0]], m[w.shape[0] :], shift
+    over_x, over_h = (np.broadcast_to(a.scale * b.scale / GATE, (w.shape[0],)) for a, b in ((x, w), (h, u)))
+    return multipliers(over_x), multipliers(over_h)
+
+
+def gate(total: Array, m: Array, shift: int) -> Array:
+    """int32 sums to Q3.12, not yet saturated."""
+    return (total * m + (1 << (shift - 1))) >> shift
 
 
 def cell_bits(graph: QGraph, op: Op) -> int:
@@ -63,13 +69,13 @@ def cell_bits(graph: QGraph, op: Op) -> int:
 def lstm_int8(graph: QGraph, op: Op, args: list[Array | None]) -> tuple[Array, ...]:
     x, w, u, b, h, c = (a.astype(np.int64) for a in args)
     tx, th, units = graph.tensors[op.inputs[0]], graph.tensors[op.inputs[4]], h.shape[1]
-    mx, mr, shift = gate_multipliers(graph, op)
+    over_x, over_h = gate_multipliers(graph, op)
     mh, shift_h = multipliers(2.0**-30 / float(th.scale))
     sigmoid, tanh, n, limit = curve("sigmoid"), curve("tanh"), cell_bits(graph, op), op.attrs["limit"]
-    inputs = (x[0] - tx.zero) @ w.T + b
+    inputs = np.clip(gate((x[0] - tx.zero) @ w.T + b, *over_x), -32768, 32767)
     rows = []
-    for total in inputs:
-        a = (total * mx + ((h[0] - th.zero) @ u.T) * mr + (1 << (shift - 1))) >> shift
+    for part in inputs:
+        a = part + gate((h[0] - th.zero) @ u.T, *over_h)
         i, f, g, o = np.split(np.clip(a, -32768, 32767), 4)
         i, f, g, o = look_up(sigmoid, i), look_up(sigmoid, f), look_up(tanh, g), look_up(sigmoid, o)
         c = np.clip((f * c[0] + ((i * g) >> (15 - n)) + (1 << 14)) >> 15, -limit, limit)[None]

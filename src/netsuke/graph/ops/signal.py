@@ -129,7 +129,8 @@ def log_table() -> Array:
 
 
 def log_scaled(x: int, scale: int, table: Array) -> int:
-    """scale * ln(x), x >= 2: log2 in Q16 by linear interpolation, ln = (45426 log2 + 2^15) >> 16, then scale likewise."""
+    """scale * ln(x), x >= 2: log2 in Q16 by a table of 128 steps (its interpolation is shifted away: >> 16 where 9 bits of
+    a step are meant; so it is in TFLM, and so the features were trained on), ln = (45426 log2 + 2^15) >> 16, then scale."""
     whole = msb(x) - 1
     frac = x - (1 << whole)
     frac = frac << (16 - whole) if whole < 16 else frac >> (whole - 16)

@@ -149,6 +149,11 @@ class Import:
     def value(self, index: int) -> int:
         """The graph tensor of a tensor of the file; a constant is made when it is first asked for."""
         if index not in self.made:
+            if self.tensors[index].data is None:
+                raise NetsukeError(
+                    f"read {self.path}", f"{self.tensors[index].name!r} is read before it is written",
+                    "operators in running order", "export the model again",
+                )  # fmt: skip
             self.made[index] = self.constant(index)
         return self.made[index]
 
@@ -193,7 +198,12 @@ class Import:
 
 
 def read_tflite(path: Path) -> QGraph:
-    """The network in a `.tflite` file, checked.
+    """The network in a `.tflite` file, checked. Raises NetsukeError as `import_tflite`."""
+    return import_tflite(path).graph
+
+
+def import_tflite(path: Path) -> Import:
+    """As `read_tflite`, with `made`: which tensor of the file became which of the graph.
 
     Raises NetsukeError for a damaged file, and for what cannot run here: an unknown operator (by name, index and tensor), a
     shape that is not fixed, an activation of 16 bits, weights with a zero point, NaN.
@@ -225,7 +235,8 @@ def read_tflite(path: Path) -> QGraph:
     ]
     if moved:
         graph.meta["uint8"] = moved
-    return graph.check()
+    graph.check()
+    return work
 
 
 def _convert(work: Import, nodes: list[Node]) -> None:
@@ -289,10 +300,11 @@ def _quantization(t: Table, name: str) -> tuple[np.ndarray | None, int, int | No
     zero = int(zeros[0]) if zeros.size else 0
     if scale.size == 1:
         return np.float64(scale[0]), zero, None
-    axis, rank = q.integer(6), t.array(0, "i4").size
-    if not 0 <= axis < rank:
-        raise t.buffer.damaged(f"the tensor {name!r} is quantized along axis {axis} of {rank}")
-    return scale.astype(np.float64), zero, axis
+    axis, shape = q.integer(6), t.integers(0)
+    if not 0 <= axis < len(shape) or shape[axis] != scale.size:
+        raise t.buffer.damaged(f"the tensor {name!r} has {scale.size} scales along axis {axis} of {shape}")
+    with np.errstate(invalid="ignore"):  # a signalling NaN; the graph's check refuses it
+        return scale.astype(np.float64), zero, axis
 
 
 def _nodes(main: Table, codes: list[Table], tensors: int) -> list[Node]:

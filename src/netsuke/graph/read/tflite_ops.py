@@ -108,7 +108,7 @@ def finish(m: Import, node: Node, kind: str, x: int, w: int, **attrs: object) ->
     y = m.emit(kind, inputs, node.outputs[0], **attrs)
     op = m.graph.ops[-1]
     tx, ty = m.graph.tensors[x], m.graph.tensors[y]
-    if len(inputs) == 3 and tx.dtype == "int8" and tx.scale is not None and ty.scale is not None and b.data is not None:
+    if len(inputs) == 3 and b.dtype == "int32" and b.constant and tx.scale is not None and ty.scale is not None:
         # Biases of dead channels can stand at the ends of int32, where sums wrap around. Where the output cannot tell, the
         # bias is moved inwards; elsewhere the check refuses
         room = largest_bias(m.graph.tensors[w], kind)
@@ -353,7 +353,8 @@ def lstm(m: Import, node: Node) -> None:
         data = np.concatenate([p.data for p in parts])
         joined.append(m.graph.constant(f"{y.name}.{name}", data, scale=scale, axis=0 if start < 12 else None))
     states = [m.tensor(m.index(node, p)) for p in (18, 19)]
-    h, c = (m.graph.add(Tensor(t.name, t.shape, t.dtype, t.scale, t.zero)) for t in states)
+    h, c = (m.graph.add(t) for t in states)
+    m.made.update({m.index(node, 18): h, m.index(node, 19): c})
     written = tuple(m.graph.add(Tensor(f"{t.name}.next", t.shape, t.dtype, t.scale, t.zero)) for t in states)
     largest = node.real(1) / float(states[1].scale) if states[1].scale is not None and node.real(1) > 0 else 32767
     m.emit("lstm_int8", (x, *joined, h, c), node.outputs[0], limit=int(min(largest, 32767)))
