@@ -60,10 +60,10 @@ def test_root_is_the_nearest(x):
     assert r == min((exact + 1) // 2, top)
 
 
-def test_logarithm_is_close_and_monotonic():
+def test_logarithm_is_within_a_unit():
     table, xs = signal.log_table(), [2, 3, 5, 100, 4097, 65535, 65536, 1 << 20, (1 << 32) - 1]
     got = [signal.log_scaled(x, 512, table) for x in xs]
-    assert np.allclose(got, [512 * math.log(x) for x in xs], rtol=3e-4, atol=2) and got == sorted(got)
+    assert np.allclose(got, [512 * math.log(x) for x in xs], rtol=0, atol=1)
 
 
 def test_fft_scale_uses_all_bits_and_keeps_the_extremes():
