@@ -16,6 +16,8 @@ from netsuke.export.c import facts_of, write_c
 from netsuke.export.c.emulate import run_emulated
 from netsuke.export.c.golden import drawn
 from netsuke.graph import Interpreter, QGraph, Tensor
+from netsuke.graph.differentiate import ReferenceTraining, training_graph
+from netsuke.graph.update_plan import UpdatePlan
 from tests.graph.small import images, residual_network
 
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None or shutil.which("make") is None, reason="no cc or make")
@@ -232,6 +234,23 @@ def test_states_and_variables_on_a_board(tmp_path):
     q, y = Interpreter(graph).run(*inputs)
     assert got["passed"] and np.allclose(got["outputs"][1], y, atol=1e-5) and np.abs(got["outputs"][0] - q).max() <= 1
     assert np.array_equal(got["variables"][0], graph.tensors[graph.ops[2].inputs[1]].data)
+
+
+@needs_board
+def test_firmware_that_trains_changes_its_weights_as_the_reference_does(tmp_path):
+    graph = training_graph(residual_network(), UpdatePlan(6, {4: 0.5, 5: 0.25, 7: 1.0, 8: 0.5}))
+    steps, labels = images(6), np.array([0, 1, 2, 3, 0, 1], np.int32)
+    inputs = [steps, labels, np.full(6, 0.05, np.float32)]
+    write_c(graph, tmp_path / "fw", name="train", golden=inputs)
+    got = run_emulated(tmp_path / "fw", "m4", inputs)
+    reference = ReferenceTraining(graph)
+    logits = [reference.step(x, label=y, rate=0.05)[0] for x, y in zip(steps, labels)]
+    assert got["passed"] and np.array_equal(got["outputs"][0], np.concatenate(logits))
+    names = [v["name"] for v in facts_of(tmp_path / "fw")["variables"]]
+    start = {t.name: t.data for t in graph.tensors if t.variable}
+    for name, found in zip(names, got["variables"]):
+        assert np.array_equal(found, reference.variables()[name]), name
+    assert sum(not np.array_equal(found, start[name]) for name, found in zip(names, got["variables"])) > 8
 
 
 @needs_board
