@@ -2,7 +2,7 @@
  *
  * In place, and where there is no vector unit, channel by channel: a strip of the channel's rows is copied out, widened to 16
  * bits and padded, and the channel's lane is overwritten. The zero point is inside the bias: sum (x - zx) w = sum x w - zx sum w. */
-#include "ns_int.h"
+#include "ns_depthwise_dsp.h"
 
 #define LANES 16
 
@@ -12,61 +12,123 @@ NS_INLINE int32_t weight(const void *w, int32_t tap, int32_t taps, int32_t o, in
             : ((const int8_t *)w)[(ptrdiff_t)tap * outs + o];
 }
 
-/* Row `iy` of a channel; rows outside are all zero point. The padding at the left and right stays from call to call. */
-NS_INLINE void load_row(const ns_depthwise2d_params *p, const int8_t *x, int32_t iy, int32_t width, int16_t *out) {
-  if (iy < 0 || iy >= p->h) {
-    for (int32_t i = 0; i < width; i++) out[i] = (int16_t)p->zx;
-    return;
+/* n codes that lie c apart, to 16 bits. */
+NS_INLINE void widen(const int8_t *x, int32_t c, int32_t n, int16_t *out) {
+#if NS_DSP
+  for (; n >= 4; n -= 4, x += 4 * c, out += 4) {
+    const uint32_t low = ns_bottoms((uint32_t)x[0], (uint32_t)x[c]), high = ns_bottoms((uint32_t)x[2 * c], (uint32_t)x[3 * c]);
+    memcpy(out, &low, sizeof low);
+    memcpy(out + 2, &high, sizeof high);
   }
-  x += (ptrdiff_t)iy * p->w * p->c;
-  const int32_t n = ns_min(p->w, width - p->left);
-  for (int32_t i = 0; i < n; i++) out[p->left + i] = x[(ptrdiff_t)i * p->c];
+#endif
+  for (int32_t i = 0; i < n; i++) out[i] = x[(ptrdiff_t)i * c];
 }
 
-/* One row of outputs of one channel from the strip's rows. */
-NS_INLINE void strip_row(const ns_depthwise2d_params *p, const int16_t *strip, int32_t width, const void *w, int32_t o,
-                         int32_t outs, int32_t first, int32_t m, int8_t *y, const int32_t w4) {
-  for (int32_t x0 = 0; x0 < p->ow; x0 += LANES) {
-    const int32_t n = ns_min(LANES, p->ow - x0);
-    int32_t acc[LANES];
-    for (int32_t i = 0; i < LANES; i++) acc[i] = first;
-    for (int32_t ky = 0; ky < p->kh; ky++) {
-      for (int32_t kx = 0; kx < p->kw; kx++) {
-        const int16_t *from = strip + ky * p->dy * width + x0 * p->sx + kx * p->dx;
-        const int16_t v = (int16_t)weight(w, ky * p->kw + kx, p->kh * p->kw, o, outs, w4);
-        for (int32_t i = 0; i < n; i++) acc[i] += from[i * p->sx] * v;
-      }
-    }
-    for (int32_t i = 0; i < n; i++) {
-      y[(ptrdiff_t)(x0 + i) * outs] = ns_requant(acc[i], m, p->shift, p->zy, p->low, p->high);
+/* What is the same for all strips. A strip of `rows` rows of `width` numbers is enough for p->rows rows of outputs; `kept` of
+ * them stay for the next strip. */
+typedef struct {
+  int32_t outs, taps, width, rows, kept;
+} shape;
+
+/* Rows from..to of the strip whose first row is row iy of the channel. Rows outside are all zero point, and so is what is left
+ * and right of a row, which is written once. */
+NS_INLINE void load(const ns_depthwise2d_params *p, const shape *s, const int8_t *x, int32_t iy, int32_t from, int16_t *strip) {
+  const int32_t n = ns_min(p->w, s->width - p->left);
+  strip += from * s->width;
+  for (int32_t r = from; r < s->rows; r++, strip += s->width) {
+    if (iy + r >= 0 && iy + r < p->h) {
+      widen(x + (ptrdiff_t)(iy + r) * p->w * p->c, p->c, n, strip + p->left);
+    } else if (p->rows < p->oh) { /* else it is still as it was at the start */
+      for (int32_t i = 0; i < s->width; i++) strip[i] = (int16_t)p->zx;
     }
   }
 }
+
+/* `count` rows of outputs of channel o, any window. */
+NS_INLINE void any_rows(const ns_depthwise2d_params *p, const shape *s, const int16_t *strip, int32_t count, const void *w,
+                        int32_t o, int32_t bias, int32_t m, int8_t *y, const int32_t w4) {
+  int32_t total = 0;
+  for (int32_t tap = 0; tap < s->taps; tap++) total += weight(w, tap, s->taps, o, s->outs, w4);
+  const int32_t first = ns_wrap_add(bias, -ns_wrap_mul(p->zx, total));
+  for (int32_t r = 0; r < count; r++, strip += p->sy * s->width, y += p->ow * s->outs) {
+    for (int32_t x0 = 0; x0 < p->ow; x0 += LANES) {
+      const int32_t n = ns_min(LANES, p->ow - x0);
+      int32_t acc[LANES];
+      for (int32_t i = 0; i < LANES; i++) acc[i] = first;
+      for (int32_t ky = 0; ky < p->kh; ky++) {
+        for (int32_t kx = 0; kx < p->kw; kx++) {
+          const int16_t *from = strip + ky * p->dy * s->width + x0 * p->sx + kx * p->dx;
+          const int16_t v = (int16_t)weight(w, ky * p->kw + kx, s->taps, o, s->outs, w4);
+          for (int32_t i = 0; i < n; i++) acc[i] += from[i * p->sx] * v;
+        }
+      }
+      for (int32_t i = 0; i < n; i++) {
+        y[(ptrdiff_t)(x0 + i) * s->outs] = ns_requant(acc[i], m, p->shift, p->zy, p->low, p->high);
+      }
+    }
+  }
+}
+
+#if NS_DSP
+/* The same for square windows that have a loop of their own. */
+NS_INLINE void square_rows(const ns_depthwise2d_params *p, const shape *s, const int16_t *strip, int32_t count, const void *w,
+                           int32_t o, int32_t bias, int32_t m, int8_t *y, ns_scale scale, ns_dw_loop loop, const int32_t w4) {
+  int32_t words[NS_DW_WORDS], total = 0;
+  for (int32_t ky = 0; ky < p->kh; ky++) {
+    int16_t taps[NS_DW_TAPS];
+    for (int32_t kx = 0; kx < p->kw; kx++) taps[kx] = (int16_t)weight(w, ky * p->kw + kx, s->taps, o, s->outs, w4);
+    total += ns_dw_weights(words + ky * (p->kw - 1), taps, p->kw, p->sx);
+  }
+  const int32_t first = ns_wrap_add(bias, -ns_wrap_mul(p->zx, total)), bytes = s->width * 2, whole = p->ow & ~3;
+  ns_dw_row row = {NULL, s->outs, m, scale.addend, scale.shift, 8 * p->sx - (p->kh - 1) * bytes, {first, first, first, first},
+                   NULL, NULL, words, bytes};
+  for (int32_t r = 0; r < count; r++, strip += p->sy * s->width, y += p->ow * s->outs) {
+    if (whole) {
+      row.y = y, row.end = y + whole * s->outs, row.x = strip;
+      loop(&row);
+    }
+    if (p->ow > whole) { /* four more, of which not all are wanted */
+      int8_t last[4];
+      row.y = last, row.end = last + 4, row.x = strip + whole * p->sx, row.step = 1;
+      loop(&row);
+      row.step = s->outs;
+      for (int32_t i = whole; i < p->ow; i++) y[i * s->outs] = last[i - whole];
+    }
+  }
+}
+#endif
 
 NS_INLINE void strips(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m,
                       int8_t *y, int16_t *strip, const int32_t w4) {
-  const int32_t outs = p->c * p->times, taps = p->kh * p->kw;
-  const int32_t odd = ns_max(p->kw | 1, 3), width = (p->sx * ((p->ow + 3) & ~3) + p->dx * (odd - 1) + 1) & ~1;
-  const int32_t rows = (p->rows - 1) * p->sy + (p->kh - 1) * p->dy + 1, kept = ns_max(rows - p->rows * p->sy, 0);
-  for (int32_t i = 0; i < rows * width; i++) strip[i] = (int16_t)p->zx;
+  shape s;
+  s.outs = p->c * p->times, s.taps = p->kh * p->kw;
+  s.width = (p->sx * ((p->ow + 3) & ~3) + p->dx * (ns_max(p->kw | 1, 3) - 1) + 1) & ~1;
+  s.rows = (p->rows - 1) * p->sy + (p->kh - 1) * p->dy + 1, s.kept = ns_max(s.rows - p->rows * p->sy, 0);
+#if NS_DSP
+  const ns_scale scale = ns_scale_of(p->shift, p->zy, p->low, p->high);
+  const ns_dw_loop loop = scale.quick && p->kh == p->kw && p->dy == 1 && p->dx == 1 ? ns_dw_of(p->kw, p->sx) : NULL;
+#endif
+  for (int32_t i = 0; i < s.rows * s.width; i++) strip[i] = (int16_t)p->zx;
   for (int32_t c = 0; c < p->c; c++) {
     for (int32_t y0 = 0; y0 < p->oh; y0 += p->rows) {
-      const int32_t have = y0 ? kept : 0, last = ns_min(p->rows, p->oh - y0);
-      if (have) memmove(strip, strip + (rows - kept) * width, (size_t)(kept * width) * sizeof(int16_t));
-      for (int32_t r = have; r < rows; r++) load_row(p, x + c, y0 * p->sy - p->top + r, width, strip + r * width);
+      const int32_t have = y0 ? s.kept : 0, count = ns_min(p->rows, p->oh - y0);
+      if (have) memmove(strip, strip + (s.rows - have) * s.width, (size_t)(have * s.width) * sizeof(int16_t));
+      load(p, &s, x + c, y0 * p->sy - p->top, have, strip);
       for (int32_t o = c * p->times; o < (c + 1) * p->times; o++) {
-        int32_t total = 0;
-        for (int32_t tap = 0; tap < taps; tap++) total += weight(w, tap, taps, o, outs, w4);
-        const int32_t first = ns_wrap_add(bias ? bias[o] : 0, -ns_wrap_mul(p->zx, total));
-        for (int32_t r = 0; r < last; r++) {
-          strip_row(p, strip + r * p->sy * width, width, w, o, outs, first, m[o], y + (ptrdiff_t)(y0 + r) * p->ow * outs + o,
-                    w4);
+        int8_t *out = y + (ptrdiff_t)y0 * p->ow * s.outs + o;
+#if NS_DSP
+        if (loop) {
+          square_rows(p, &s, strip, count, w, o, bias ? bias[o] : 0, m[o], out, scale, loop, w4);
+          continue;
         }
+#endif
+        any_rows(p, &s, strip, count, w, o, bias ? bias[o] : 0, m[o], out, w4);
       }
     }
   }
 }
 
+#if !NS_DSP
 /* Pixel by pixel over runs of channels, straight from the input. */
 NS_INLINE void direct(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m,
                       int8_t *y, const int32_t w4) {
@@ -101,15 +163,25 @@ NS_INLINE void direct(const ns_depthwise2d_params *p, const int8_t *x, const voi
     }
   }
 }
+#endif
+
+NS_INLINE void depthwise2d(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m,
+                           int8_t *y, void *scratch, const int32_t w4) {
+#if !NS_DSP
+  if (x != y) {
+    direct(p, x, w, bias, m, y, w4);
+    return;
+  }
+#endif
+  strips(p, x, w, bias, m, y, (int16_t *)scratch, w4);
+}
 
 NS_HOT void ns_depthwise2d(const ns_depthwise2d_params *p, const int8_t *x, const int8_t *w, const int32_t *bias,
                            const int32_t *m, int8_t *y, void *scratch) {
-  if (x == y) strips(p, x, w, bias, m, y, (int16_t *)scratch, 0);
-  else direct(p, x, w, bias, m, y, 0);
+  depthwise2d(p, x, w, bias, m, y, scratch, 0);
 }
 
 NS_HOT void ns_depthwise2d_w4(const ns_depthwise2d_w4_params *p, const int8_t *x, const uint8_t *w, const int32_t *bias,
                               const int32_t *m, int8_t *y, void *scratch) {
-  if (x == y) strips(p, x, w, bias, m, y, (int16_t *)scratch, 1);
-  else direct(p, x, w, bias, m, y, 1);
+  depthwise2d(p, x, w, bias, m, y, scratch, 1);
 }
