@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-VERBS = ("fit", "plan", "compress", "run", "serve", "export", "bench", "reproduce", "devices", "methods")
+VERBS = ("fit", "plan", "compress", "train", "run", "serve", "export", "bench", "reproduce", "devices", "methods")
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ def options(
 
 
 # verbs that share their name with a folder keep their command in it
-PACKAGES = ("devices", "compress", "export", "bench")
+PACKAGES = ("devices", "compress", "train", "export", "bench")
 
 for _verb in VERBS:
     importlib.import_module(f"netsuke.{_verb}.command" if _verb in PACKAGES else f"netsuke.{_verb}").register(app)

@@ -99,8 +99,9 @@ class NetworkTask:
         return {"name": self.source.name, "classes": list(self.classes), "splits": splits}
 
 
-def network_task(path: str | Path, graph: QGraph) -> NetworkTask:
-    """The task of the data at `path` for `graph`. Raises NetsukeError for unusable or too few data."""
+def network_task(path: str | Path, graph: QGraph, own_classes: bool = False) -> NetworkTask:
+    """The task of the data at `path` for `graph`; `own_classes`: answers are the data's classes, whatever the network's are
+    (for training). Raises NetsukeError for unusable or too few data."""
     path, asked = Path(path), f"read the data {path}"
     if len(graph.inputs) != 1:
         raise NetsukeError(asked, f"the network has {len(graph.inputs)} inputs", "one", "Python: netsuke.graph")
@@ -110,6 +111,8 @@ def network_task(path: str | Path, graph: QGraph) -> NetworkTask:
         x, y = _npz(path, graph.tensors[graph.inputs[0]], asked)
         digests = [hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest() for row in x]
         outputs = graph.tensors[graph.outputs[0]].size
+        if own_classes and y is None:
+            raise NetsukeError(asked, "it holds no y", "x and y", "np.savez(path, x=…, y=…)")
         if y is not None and (y.min() < 0 or y.max() >= outputs):
             raise NetsukeError(
                 asked, f"y goes from {y.min()} to {y.max()}", f"classes 0 to {outputs - 1}, which the network has"
@@ -122,7 +125,7 @@ def network_task(path: str | Path, graph: QGraph) -> NetworkTask:
         raise NetsukeError(asked, f"the network takes {side}, no pictures", "an .npz with x and y")
     images = read_images(path, side[1])
     digests = [hashlib.sha256(row.tobytes()).digest() for row in images.codes]
-    answers = _matching(images.labels, images.classes, graph)
+    answers = images.labels if own_classes else _matching(images.labels, images.classes, graph)
     return NetworkTask(
         path, graph, True, None, answers, _cut(digests, asked), images.classes, {(side[1], side[2]): images.codes}
     )

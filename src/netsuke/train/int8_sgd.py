@@ -243,6 +243,7 @@ def on_chip(
     epochs: int,
     rule: UpdateRule | None = None,
     order_seed: int = 0,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> OnChip:
     """One image at a time through the kernels that the chip runs: integers forward, float32 back, codes updated in place.
 
@@ -265,6 +266,8 @@ def on_chip(
             total -= math.log(max(float(chance[0]), 1e-12))
             done += 1
         losses.append(total / len(labels))
+        if on_epoch:
+            on_epoch(len(losses) - 1, losses[-1])
     out = base.copy()
     for index, values in program.variables().items():
         if index < len(out.tensors):
