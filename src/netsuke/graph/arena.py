@@ -20,7 +20,7 @@ import numpy as np
 
 from netsuke.graph.ir import Op, QGraph, Tensor
 from netsuke.graph.ops import OPS
-from netsuke.graph.packing import ALIGNMENT, Span, live_bytes, pack, union, up
+from netsuke.graph.packing import ALIGNMENT, PLACEMENTS, Span, live_bytes, pack, union, up
 
 
 class Place(NamedTuple):
@@ -78,16 +78,18 @@ def no_scratch(graph: QGraph, op: Op) -> int:
     return 0
 
 
-def plan_arena(graph: QGraph, scratch: Scratch = no_scratch, in_place: bool = True) -> Arena:
+def plan_arena(
+    graph: QGraph, scratch: Scratch = no_scratch, in_place: bool = True, placements: int = PLACEMENTS
+) -> Arena:
     """Places everything a run of `graph` touches in RAM, apart from variables, at multiples of 4 bytes.
 
     `scratch(graph, op)` is the bytes that an operator's kernel needs while it runs. Inputs are live from the start until
     their last reader (they do not survive a run), outputs to the end, states always. `in_place=False` gives every output
-    bytes of its own, for comparison or where a kernel is faster so.
+    bytes of its own, for comparison or where a kernel is faster so. `placements`: see `packing`.
     """
     best: Arena | None = None
     for backwards in (False, True):  # which of an addition's two dead inputs is overwritten
-        arena = _plan(graph, _Layout(graph, scratch, in_place, backwards))
+        arena = _plan(graph, _Layout(graph, scratch, in_place, backwards), placements)
         if best is None or arena.size < best.size:
             best = arena
         if best.size <= up(best.lower_bound):
@@ -100,11 +102,11 @@ def peak_bytes(graph: QGraph, scratch: Scratch = no_scratch) -> int:
     return int(live_bytes(list(_Layout(graph, scratch, True, False).spans.values()), len(graph.ops) + 2).max())
 
 
-def _plan(graph: QGraph, layout: _Layout) -> Arena:
+def _plan(graph: QGraph, layout: _Layout, placements: int) -> Arena:
     keys = list(layout.spans)
     spans = [layout.spans[b] for b in keys]
     live = live_bytes(spans, len(graph.ops) + 2)
-    bases, size = pack(spans, [layout.floors[b] for b in keys], up(int(live.max())))
+    bases, size = pack(spans, [layout.floors[b] for b in keys], up(int(live.max())), placements)
     base = dict(zip(keys, bases))
     offsets = {}
     for i in range(len(graph.tensors)):
@@ -191,7 +193,9 @@ class _Layout:
             if op.kind == "concat" and outermost(g.tensors[op.outputs[0]]) == op.attrs["axis"]:
                 at = 0
                 for i in op.inputs:
-                    self._join(k, i, op.outputs[0], at)
+                    root, low, high = self._range(i)
+                    if (low, high) == (0, g.tensors[root].bytes):  # joined parts would pull band after band along
+                        self._join(k, i, op.outputs[0], at)
                     at += g.tensors[i].bytes
                 continue
             positions = [p for p in OPS[op.kind].inplace(g, op) if op.inputs[p] >= 0]

@@ -53,10 +53,12 @@ def live_bytes(blocks: list[list[Span]], steps: int) -> np.ndarray:
     return live
 
 
-def pack(blocks: list[list[Span]], floors: list[int], bound: int) -> tuple[list[int], int]:
+def pack(
+    blocks: list[list[Span]], floors: list[int], bound: int, placements: int = PLACEMENTS
+) -> tuple[list[int], int]:
     """(base address per block, size of the whole): each base at least its floor, a multiple of ALIGNMENT.
 
-    Stops early once the size is within `bound` bytes.
+    Stops early once the size is within `bound` bytes; `placements` 0 keeps the best greedy order.
     """
     n = len(blocks)
     clashes = _clashes(blocks)
@@ -81,7 +83,7 @@ def pack(blocks: list[list[Span]], floors: list[int], bound: int) -> tuple[list[
     best = min(((*place(o), o) for o in (sorted(range(n), key=k) for k in keys)), key=lambda x: x[1])
     bases, size, order = best
     rng = random.Random(0)
-    for _ in range(PLACEMENTS // max(n, 1)):
+    for _ in range(placements // max(n, 1)):
         if size <= bound:
             break
         top = [b for b in range(n) if bases[b] + tops[b] == size]
