@@ -113,8 +113,8 @@ def test_it_is_a_task(tmp_path, colours):
 
 def test_the_firmware_file(tmp_path, colours):
     images = read_images(archive(tmp_path / "a.zip", colours), 8)
-    assert write_samples(tmp_path / "train.bin", images) == 3 * (4 + 8 * 8 * 3)
-    data = (tmp_path / "train.bin").read_bytes()
-    third = data[2 * 196 :]
-    assert int.from_bytes(third[:4], "little") == 1
-    np.testing.assert_array_equal(np.frombuffer(third[4:], np.int8), images.codes[2].reshape(-1))
+    assert write_samples(tmp_path / "train.bin", images, 0.5) == 3 * (8 * 8 * 3 + 4 + 4)
+    third = (tmp_path / "train.bin").read_bytes()[2 * 200 :]
+    np.testing.assert_array_equal(np.frombuffer(third[:192], np.int8), images.codes[2].reshape(-1))
+    assert int.from_bytes(third[192:196], "little") == 1
+    assert np.frombuffer(third[196:], "<f4")[0] == 0.5

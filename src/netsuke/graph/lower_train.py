@@ -6,6 +6,7 @@ import numpy as np
 
 from netsuke.graph.ir import Op
 from netsuke.graph.lower import Lowering, Rule
+from netsuke.graph.lower_ops import _weights
 from netsuke.graph.ops.train import geometry, update_geometry
 
 _GEOMETRY = ("h", "w", "c", "oh", "ow", "o", "kh", "kw", "sy", "sx", "top", "left")
@@ -44,10 +45,11 @@ def _pool_gradient(lowering: Lowering, op: Op) -> None:
 
 
 def _gradient(lowering: Lowering, op: Op) -> None:
+    """The weights are the table that the layer's forward kernel reads: they are in flash once."""
     w, y = (lowering.graph.tensors[i] for i in (op.inputs[1], op.outputs[0]))
-    if w.dtype != "int8":
-        raise lowering.refuse(f"the weights {w.name!r} are {w.dtype}", "int8")
-    _call(lowering, op, dict(zip(_GEOMETRY, geometry(y.shape, w.shape, op.kind == "depthwise_gradient", op))))
+    params = dict(zip(_GEOMETRY, geometry(y.shape, w.shape, op.kind == "depthwise_gradient", op)))
+    g, out = lowering.tensor(op.inputs[0]), lowering.tensor(op.outputs[0])
+    lowering.call(f"ns_{op.kind}", params, g, _weights(lowering, op), out)
 
 
 def _update(lowering: Lowering, op: Op) -> None:

@@ -193,14 +193,13 @@ class ImageClassification:
         }
 
 
-def write_samples(path: Path, images: Images) -> int:
-    """The file that training firmware reads: per image one int32 label (little endian), then S * S * 3 int8 codes.
-
-    Returns the bytes written. No header: the firmware knows the sizes, and `ns_train` reads one record per step.
+def write_samples(path: Path, images: Images, rate: float) -> int:
+    """What exported training firmware reads (input.bin): per step the image's int8 codes, its label as int32, the learning
+    rate as float32, little endian, without a header. Returns the bytes written.
     """
-    record = np.dtype([("label", "<i4"), ("codes", "i1", images.codes.shape[1:])])
+    record = np.dtype([("codes", "i1", images.codes.shape[1:]), ("label", "<i4"), ("rate", "<f4")])
     rows = np.empty(len(images), record)
-    rows["label"], rows["codes"] = images.labels, images.codes
+    rows["codes"], rows["label"], rows["rate"] = images.codes, images.labels, rate
     with reading(path):
         path.write_bytes(rows.tobytes())
     return rows.nbytes
