@@ -191,6 +191,19 @@ class Builder:
         y = self._emit(kind, (x,), (shape[0], *out, shape[3]), name, window=size, stride=stride, pad=tuple(pad))
         return self._from_image(y, v, (shape[0], *out, shape[3]), name)
 
+    def mean(self, v: Value, dims: Sequence[int], keep: bool, name: str) -> Value:
+        """The mean over one or two axes, where a batch and one axis of channels are left."""
+        dims = sorted(d % len(v.shape) for d in dims)
+        rest = [k for k in range(len(v.shape)) if k not in dims]
+        if len(dims) not in (1, 2) or len(rest) != 2 or rest[0] != 0:
+            raise self.refuse(
+                name, f"it is a mean of {v.shape} over the axes {dims}", "means over time or height and width"
+            )
+        perm = (*rest, *dims) if self.channels_first else (0, *dims, rest[1])
+        y = self.pool("avgpool2d", self.transpose(v, perm), None, name)
+        shape = [1 if k in dims else n for k, n in enumerate(v.shape)]
+        return self.reshape(y, shape if keep else [v.shape[k] for k in rest], f"{name}.out")
+
     # Moving elements
 
     def reshape(self, v: Value, shape: Sequence[int], name: str) -> Value:

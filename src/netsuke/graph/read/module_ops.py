@@ -167,13 +167,7 @@ def neg(b: Builder, where: str, a: Arguments) -> Value:
 
 
 def mean(b: Builder, where: str, a: Arguments) -> Value:
-    v, dims = a["self"], sorted(d % len(a["self"].shape) for d in a["dim"] or range(1, len(a["self"].shape)))
-    rest = [k for k in range(len(v.shape)) if k not in dims]
-    if len(dims) not in (1, 2) or len(rest) != 2 or rest[0] != 0:
-        raise ValueError(f"a mean of {v.shape} over the axes {dims}")
-    y = b.pool("avgpool2d", b.transpose(v, (*rest, *dims)), None, where)
-    shape = [1 if k in dims else n for k, n in enumerate(v.shape)]
-    return b.reshape(y, shape if a["keepdim"] else [v.shape[k] for k in rest], f"{where}.out")
+    return b.mean(a["self"], a["dim"] or range(1, len(a["self"].shape)), a["keepdim"], where)
 
 
 def adaptive_pool(b: Builder, where: str, a: Arguments) -> Value:
@@ -259,7 +253,7 @@ def pad(b: Builder, where: str, a: Arguments) -> Value:
     return b.pad(a["self"], pads, where)
 
 
-def _cut(b: Builder, v: Value, dim: int, start: int, end: int, step: int, where: str) -> Value:
+def cut_axis(b: Builder, v: Value, dim: int, start: int, end: int, step: int, where: str) -> Value:
     dim %= len(v.shape)
     start, end, step = slice(start, end, step).indices(v.shape[dim])
     begin, stride = ([x if k == dim else y for k in range(len(v.shape))] for x, y in ((start, 0), (step, 1)))
@@ -268,13 +262,13 @@ def _cut(b: Builder, v: Value, dim: int, start: int, end: int, step: int, where:
 
 
 def cut(b: Builder, where: str, a: Arguments) -> Value:
-    return _cut(b, a["self"], a["dim"], a["start"], a["end"], a["step"], where)
+    return cut_axis(b, a["self"], a["dim"], a["start"], a["end"], a["step"], where)
 
 
 def select(b: Builder, where: str, a: Arguments) -> Value:
     v, dim = a["self"], a["dim"] % len(a["self"].shape)
     at = a["index"] % v.shape[dim]
-    return b.reshape(_cut(b, v, dim, at, at + 1, 1, where), v.shape[:dim] + v.shape[dim + 1 :], f"{where}.out")
+    return b.reshape(cut_axis(b, v, dim, at, at + 1, 1, where), v.shape[:dim] + v.shape[dim + 1 :], f"{where}.out")
 
 
 def split(b: Builder, where: str, a: Arguments) -> list[Value]:
@@ -282,7 +276,7 @@ def split(b: Builder, where: str, a: Arguments) -> list[Value]:
     sizes = a["split_size"] if "split_size" in a else a["split_sizes"]
     sizes = [sizes] * -(-v.shape[dim] // sizes) if isinstance(sizes, int) else sizes
     starts = np.cumsum([0, *sizes])
-    return [_cut(b, v, dim, int(s), int(s) + n, 1, where) for s, n in zip(starts, sizes)]
+    return [cut_axis(b, v, dim, int(s), int(s) + n, 1, where) for s, n in zip(starts, sizes)]
 
 
 def expand(b: Builder, where: str, a: Arguments) -> Value:
