@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra onnx)")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra mcu)")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402

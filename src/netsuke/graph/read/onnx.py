@@ -34,7 +34,7 @@ def read_onnx(path: Path) -> QGraph:
         from google.protobuf.message import DecodeError
     except ImportError:
         raise NetsukeError(
-            f"read {path}", "the package onnx is not installed", "", "pip install 'netsuke[onnx]'"
+            f"read {path}", "the package onnx is not installed", "", "pip install 'netsuke[mcu]'"
         ) from None  # fmt: skip
     path = Path(path)
     with reading(path):
