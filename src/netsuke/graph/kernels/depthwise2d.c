@@ -15,11 +15,9 @@ NS_INLINE int32_t weight(const void *w, int32_t tap, int32_t taps, int32_t o, in
 /* n codes that lie c apart, to 16 bits. */
 NS_INLINE void widen(const int8_t *x, int32_t c, int32_t n, int16_t *out) {
 #if NS_DSP
-  for (; n >= 4; n -= 4, x += 4 * c, out += 4) {
-    const uint32_t low = ns_bottoms((uint32_t)x[0], (uint32_t)x[c]), high = ns_bottoms((uint32_t)x[2 * c], (uint32_t)x[3 * c]);
-    memcpy(out, &low, sizeof low);
-    memcpy(out + 2, &high, sizeof high);
-  }
+  const int32_t whole = n & ~3;
+  if (whole) ns_dw_widen(x, c, whole, out);
+  x += whole * c, out += whole, n -= whole;
 #endif
   for (int32_t i = 0; i < n; i++) out[i] = x[(ptrdiff_t)i * c];
 }
@@ -73,27 +71,31 @@ NS_INLINE void any_rows(const ns_depthwise2d_params *p, const shape *s, const in
 /* The same for square windows that have a loop of their own. */
 NS_INLINE void square_rows(const ns_depthwise2d_params *p, const shape *s, const int16_t *strip, int32_t count, const void *w,
                            int32_t o, int32_t bias, int32_t m, int8_t *y, ns_scale scale, ns_dw_loop loop, const int32_t w4) {
-  int32_t words[NS_DW_WORDS], total = 0;
-  for (int32_t ky = 0; ky < p->kh; ky++) {
-    int16_t taps[NS_DW_TAPS];
-    for (int32_t kx = 0; kx < p->kw; kx++) taps[kx] = (int16_t)weight(w, ky * p->kw + kx, s->taps, o, s->outs, w4);
-    total += ns_dw_weights(words + ky * (p->kw - 1), taps, p->kw, p->sx);
+  int32_t words[NS_DW_WORDS], total;
+  if (w4) {
+    int8_t taps[NS_DW_TAPS * NS_DW_TAPS];
+    for (int32_t tap = 0; tap < s->taps; tap++) taps[tap] = (int8_t)weight(w, tap, s->taps, o, s->outs, w4);
+    total = ns_dw_weights_of(words, taps, 1, p->kw, p->sx);
+  } else {
+    total = ns_dw_weights_of(words, (const int8_t *)w + o, s->outs, p->kw, p->sx);
   }
   const int32_t first = ns_wrap_add(bias, -ns_wrap_mul(p->zx, total)), bytes = s->width * 2, whole = p->ow & ~3;
-  ns_dw_row row = {NULL, s->outs, m, scale.addend, scale.shift, 8 * p->sx - (p->kh - 1) * bytes, {first, first, first, first},
-                   NULL, NULL, words, bytes};
-  for (int32_t r = 0; r < count; r++, strip += p->sy * s->width, y += p->ow * s->outs) {
+  const int32_t row = p->ow * s->outs, down = p->sy * s->width;
+  ns_dw_rows rows = {y, s->outs, m, scale.addend, scale.shift, 8 * p->sx - (p->kh - 1) * bytes, {first, first, first, first},
+                     y + row, strip, words, bytes, y + count * row, row, 2 * (down - p->ow * p->sx)};
+  if (whole == p->ow) {
+    loop(&rows);
+    return;
+  }
+  for (int32_t r = 0; r < count; r++, strip += down, y += row) {
     if (whole) {
-      row.y = y, row.end = y + whole * s->outs, row.x = strip;
-      loop(&row);
+      rows.y = y, rows.end = rows.last = y + whole * s->outs, rows.x = strip, rows.step = s->outs;
+      loop(&rows);
     }
-    if (p->ow > whole) { /* four more, of which not all are wanted */
-      int8_t last[4];
-      row.y = last, row.end = last + 4, row.x = strip + whole * p->sx, row.step = 1;
-      loop(&row);
-      row.step = s->outs;
-      for (int32_t i = whole; i < p->ow; i++) y[i * s->outs] = last[i - whole];
-    }
+    int8_t last[4]; /* four more, of which not all are wanted */
+    rows.y = last, rows.end = rows.last = last + 4, rows.x = strip + whole * p->sx, rows.step = 1;
+    loop(&rows);
+    for (int32_t i = whole; i < p->ow; i++) y[i * s->outs] = last[i - whole];
   }
 }
 #endif

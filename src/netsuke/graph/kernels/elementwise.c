@@ -1,15 +1,26 @@
 /* Operators that look at one element at a time, int8 and float. Outputs may be written over an input. */
 #include "ns_int.h"
 
+/* A run of n elements; b advances by `step`. whole: the clip is the range of int8. */
+NS_INLINE void add_run(const ns_add_params *p, const int8_t *a, const int8_t *b, int8_t *y, int32_t n, const int32_t step,
+                       const int32_t whole) {
+  const int32_t ma = p->ma, mb = p->mb, offset = p->offset, shift = p->shift, low = p->low, high = p->high;
+  NS_UNROLL
+  for (int32_t i = 0; i < n; i++) {
+    const int32_t q = (a[i] * ma + b[i * step] * mb + offset) >> shift;
+    y[i] = whole ? ns_saturate(q) : (int8_t)ns_clip(q, low, high);
+  }
+}
+
 NS_HOT void ns_add(const ns_add_params *p, const int8_t *a, const int8_t *b, int8_t *y) {
+  const int32_t whole = p->low <= -128 && p->high >= 127;
   for (int32_t i = 0; i < p->n0; i++) {
     for (int32_t j = 0; j < p->n1; j++) {
       for (int32_t k = 0; k < p->n2; k++, a += p->n3, y += p->n3) {
         const int8_t *from = b + i * p->s0 + j * p->s1 + k * p->s2;
-        for (int32_t l = 0; l < p->n3; l++) {
-          const int32_t total = a[l] * p->ma + from[l * p->s3] * p->mb + p->offset;
-          y[l] = (int8_t)ns_clip(total >> p->shift, p->low, p->high);
-        }
+        if (p->s3 == 1 && whole) add_run(p, a, from, y, p->n3, 1, 1);
+        else if (p->s3 == 1) add_run(p, a, from, y, p->n3, 1, 0);
+        else add_run(p, a, from, y, p->n3, p->s3, 0);
       }
     }
   }

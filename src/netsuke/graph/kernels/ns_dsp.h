@@ -3,7 +3,7 @@
  * A word of four codes gives the pairs (0, 2) and (1, 3) in one instruction each: SXTB16 for weights, SXTAB16 for
  * activations, which subtracts the zero point on the way. Four rows of activations lie interleaved, so that one LDM brings the
  * same pair of all of them: 13 instructions for 16 products. int4 weights are used times 16, which leaves their sign where it
- * is; the sum is divided again. Written as assembly because the compiler does not keep 13 values in registers by itself. */
+ * is; the sum is divided again. Written as assembly because a loop like this needs all 14 registers. */
 #ifndef NS_DSP_H
 #define NS_DSP_H
 
@@ -63,53 +63,113 @@ NS_INLINE int8_t ns_requant_quick(int32_t total, int32_t m, int32_t addend, int3
   return (int8_t)r;
 }
 
-#define NS_MAC4(pair)                           \
-  "smlad %[a], " pair ", r3, %[a]\n"            \
-  "smlad %[b], " pair ", r4, %[b]\n"            \
-  "smlad %[c], " pair ", r5, %[c]\n"            \
-  "smlad %[d], " pair ", r6, %[d]\n"
-#define NS_GROUP4                               \
-  "ldr %[v], [%[w]], #4\n"                      \
-  "ldmia %[x]!, {r3-r6}\n"                      \
-  "sxtb16 %[t], %[v]\n" NS_MAC4("%[t]")         \
-  "ldmia %[x]!, {r3-r6}\n"                      \
-  "sxtb16 %[t], %[v], ror #8\n" NS_MAC4("%[t]")
-#define NS_NIBBLES4(turn)                       \
-  "ldmia %[x]!, {r3-r6}\n"                      \
-  "sxtb16 %[t], %[v]" turn "\n" NS_MAC4("%[t]")
+/* What the loop over output channels reads, in this order: five words before its products, six after them. */
+typedef struct {
+  const void *x;           /* four interleaved rows */
+  int32_t bias;            /* bytes from m to the bias */
+  int32_t advance, bytes;  /* from the end of a channel's last word of weights to the next channel; bytes of whole words */
+  int32_t entry;           /* groups of weights & 3: where the first turn of the inner loop begins */
+  const int32_t *end, *m;  /* m of the channel after the last, of this one */
+  int8_t *y;
+  int32_t addend, shift, step; /* step: from row to row of y */
+  const void *w;
+} ns_channels;
 
-/* acc[r] += the products of `groups` words of weights with row r of the interleaved block. */
-NS_INLINE void ns_mac4(int32_t acc[4], const int8_t *w, const uint32_t *x, int32_t groups) {
-  int32_t a = acc[0], b = acc[1], c = acc[2], d = acc[3], t;
-  int32_t v = groups & 3; /* where the first turn of the loop begins */
-  __asm__ volatile(
-      "tbb [pc, %[v]]\n"
-      "0: .byte (1f-0b)/2, (4f-0b)/2, (3f-0b)/2, (2f-0b)/2\n"
-      "1:\n" NS_GROUP4 "2:\n" NS_GROUP4 "3:\n" NS_GROUP4 "4:\n" NS_GROUP4
-      "cmp %[w], %[end]\n"
-      "bne 1b\n"
-      : [a] "+r"(a), [b] "+r"(b), [c] "+r"(c), [d] "+r"(d), [w] "+r"(w), [x] "+r"(x), [v] "+r"(v), [t] "=&r"(t)
-      : [end] "r"(w + 4 * groups)
-      : "r3", "r4", "r5", "r6", "cc", "memory");
-  acc[0] = a, acc[1] = b, acc[2] = c, acc[3] = d;
+#define NS_NAKED static __attribute__((naked, noinline, unused))
+
+/* r0 the structure, r1 weights, r2 activations, r3-r6 a pair of each row, r7 end of the weights, r8-r11 sums */
+#define NS_MAC4                                 \
+  "smlad r8, lr, r3, r8\n"                      \
+  "smlad r9, lr, r4, r9\n"                      \
+  "smlad r10, lr, r5, r10\n"                    \
+  "smlad r11, lr, r6, r11\n"
+#define NS_PAIR4(turn) "ldmia r2!, {r3-r6}\n" "sxtb16 lr, r12" turn "\n" NS_MAC4
+#define NS_GROUP4 "ldr r12, [r1], #4\n" NS_PAIR4("") NS_PAIR4(", ror #8")
+#define NS_CHANNELS_BEGIN                       \
+  "push {r4-r11, lr}\n"                         \
+  "ldr r1, [r0, #44]\n"                         \
+  "ldr r3, [r0, #24]\n"                         \
+  "9:\n"                                        \
+  "ldmia r0!, {r2, r4, r5, r6, r12}\n"          \
+  "add r1, r1, r5\n"                            \
+  "add r7, r1, r6\n"
+#define NS_OUT4(sum)                            \
+  "smmla " sum ", " sum ", lr, r5\n"            \
+  "asr " sum ", r6\n"                           \
+  "ssat " sum ", #8, " sum "\n"
+#define NS_CHANNELS_END                         \
+  "ldm r0, {r2-r6, r12}\n"                      \
+  "ldr lr, [r3], #4\n"                          \
+  NS_OUT4("r8") NS_OUT4("r9") NS_OUT4("r10") NS_OUT4("r11") \
+  "strb r9, [r4, r12]\n"                        \
+  "strb r10, [r4, r12, lsl #1]\n"               \
+  "add r12, r12, r12, lsl #1\n"                 \
+  "strb r11, [r4, r12]\n"                       \
+  "strb r8, [r4], #1\n"                         \
+  "strd r3, r4, [r0, #4]\n"                     \
+  "sub r0, r0, #20\n"                           \
+  "cmp r3, r2\n"                                \
+  "bne 9b\n"                                    \
+  "pop {r4-r11, pc}\n"
+
+/* All output channels of four rows. */
+NS_NAKED void ns_channels_w8(ns_channels *c) {
+  __asm__(NS_CHANNELS_BEGIN
+          "ldr r8, [r3, r4]\n"
+          "mov r9, r8\n"
+          "mov r10, r8\n"
+          "mov r11, r8\n"
+          "tbb [pc, r12]\n"
+          "0: .byte (1f-0b)/2, (4f-0b)/2, (3f-0b)/2, (2f-0b)/2\n"
+          "1:\n" NS_GROUP4 "2:\n" NS_GROUP4 "3:\n" NS_GROUP4 "4:\n" NS_GROUP4
+          "cmp r1, r7\n"
+          "bne 1b\n" NS_CHANNELS_END);
+  (void)c;
 }
 
-/* The same with int4 weights, eight a word; acc gains 16 times the products. */
-NS_INLINE void ns_mac4_w4(int32_t acc[4], const uint8_t *w, const uint32_t *x, int32_t groups) {
-  int32_t a = acc[0], b = acc[1], c = acc[2], d = acc[3], t, v, s;
-  __asm__ volatile(
-      "1:\n"
-      "ldr %[s], [%[w]], #4\n"
-      "and %[v], %[s], #0xf0f0f0f0\n" NS_NIBBLES4("") NS_NIBBLES4(", ror #8")
-      "lsl %[s], %[s], #4\n"
-      "and %[v], %[s], #0xf0f0f0f0\n" NS_NIBBLES4("") NS_NIBBLES4(", ror #8")
-      "cmp %[w], %[end]\n"
-      "bne 1b\n"
-      : [a] "+r"(a), [b] "+r"(b), [c] "+r"(c), [d] "+r"(d), [w] "+r"(w), [x] "+r"(x), [v] "=&r"(v), [t] "=&r"(t),
-        [s] "=&r"(s)
-      : [end] "r"(w + 4 * groups)
-      : "r3", "r4", "r5", "r6", "cc", "memory");
-  acc[0] = a, acc[1] = b, acc[2] = c, acc[3] = d;
+/* With int4 weights the sums are 16 times as large until the bias is added. */
+NS_NAKED void ns_channels_w4(ns_channels *c) {
+  __asm__(NS_CHANNELS_BEGIN
+          "mov r8, #0\n"
+          "mov r9, #0\n"
+          "mov r10, #0\n"
+          "mov r11, #0\n"
+          "1:\n"
+          "ldr r12, [r1]\n"
+          "and r12, r12, #0xf0f0f0f0\n" NS_PAIR4("") NS_PAIR4(", ror #8")
+          "ldr r12, [r1], #4\n"
+          "lsl r12, r12, #4\n"
+          "and r12, r12, #0xf0f0f0f0\n" NS_PAIR4("") NS_PAIR4(", ror #8")
+          "cmp r1, r7\n"
+          "bne 1b\n"
+          "ldr r3, [r0, #4]\n"
+          "ldr r4, [r0, #-16]\n"
+          "ldr r4, [r3, r4]\n"
+          "add r8, r4, r8, asr #4\n"
+          "add r9, r4, r9, asr #4\n"
+          "add r10, r4, r10, asr #4\n"
+          "add r11, r4, r11, asr #4\n" NS_CHANNELS_END);
+  (void)c;
+}
+
+/* The sum of the products of one of four interleaved rows. */
+NS_INLINE int32_t ns_mac(const int8_t *w, const uint32_t *x, int32_t groups, const int32_t w4) {
+  int32_t sum = 0;
+  for (int32_t i = 0; i < groups; i++, w += 4) {
+    const uint32_t v = ns_load4(w), top = 0xf0f0f0f0u;
+    if (w4) {
+      sum = __smlad((int32_t)ns_even(0, v & top), (int32_t)x[0], sum);
+      sum = __smlad((int32_t)ns_odd(0, v & top), (int32_t)x[4], sum);
+      sum = __smlad((int32_t)ns_even(0, v << 4 & top), (int32_t)x[8], sum);
+      sum = __smlad((int32_t)ns_odd(0, v << 4 & top), (int32_t)x[12], sum);
+      x += 16;
+    } else {
+      sum = __smlad((int32_t)ns_even(0, v), (int32_t)x[0], sum);
+      sum = __smlad((int32_t)ns_odd(0, v), (int32_t)x[4], sum);
+      x += 8;
+    }
+  }
+  return w4 ? sum >> 4 : sum;
 }
 
 #define NS_GROUP1                               \

@@ -20,6 +20,13 @@
 #define NS_INLINE static inline
 #endif
 
+/* A small core gains from fewer branches; a compiler with vectors knows better by itself. */
+#if NS_DSP
+#define NS_UNROLL _Pragma("GCC unroll 4")
+#else
+#define NS_UNROLL
+#endif
+
 /* The package's library runs on any x86-64: its loops exist for three generations of vectors, chosen when it is loaded. */
 #if defined(NS_CLONES)
 #define NS_HOT __attribute__((target_clones("default", "avx2", "arch=skylake-avx512")))
@@ -30,6 +37,15 @@
 NS_INLINE int32_t ns_min(int32_t a, int32_t b) { return a < b ? a : b; }
 NS_INLINE int32_t ns_max(int32_t a, int32_t b) { return a > b ? a : b; }
 NS_INLINE int32_t ns_clip(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
+
+/* To the range of int8. */
+NS_INLINE int8_t ns_saturate(int32_t v) {
+#if NS_DSP
+  return (int8_t)__ssat(v, 8);
+#else
+  return (int8_t)ns_clip(v, -128, 127);
+#endif
+}
 
 /* Sums may wrap on the way as long as the end fits: unsigned arithmetic has no overflow. */
 NS_INLINE int32_t ns_wrap_add(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }

@@ -44,20 +44,28 @@ NS_INLINE void ns_word(uint32_t *out, int32_t lanes, uint32_t minus, uint32_t v,
   }
 }
 
-/* Codes k to k + n - 1 of row r, one of `rows`. k begins a word; a word that x does not fill is filled with zero points. */
-NS_INLINE void ns_put(const ns_rows *g, int16_t *block, int32_t rows, int32_t r, int32_t k, const int8_t *x, int32_t n,
-                      const int32_t w4) {
-  const int32_t lanes = rows > 1 ? NS_BLOCK : 1, whole = ns_whole(w4), step = lanes * whole / 2;
-  const uint32_t minus = ((uint32_t)-g->zx & 0xffff) * 0x10001u;
-  uint32_t *out = (uint32_t *)block + k / 2 * lanes + r;
-  for (; n >= whole; n -= whole, x += whole, out += step) {
+NS_INLINE void ns_put_words(uint32_t *out, const int32_t lanes, uint32_t minus, const int8_t *x, int32_t n, int8_t zero,
+                            const int32_t w4) {
+  const int32_t whole = ns_whole(w4);
+  NS_UNROLL
+  for (; n >= whole; n -= whole, x += whole, out += lanes * whole / 2) {
     ns_word(out, lanes, minus, ns_load4(x), w4 ? ns_load4(x + 4) : 0, w4);
   }
   if (n) {
-    int8_t rest[8];
-    for (int32_t i = 0; i < 8; i++) rest[i] = i < n ? x[i] : (int8_t)g->zx;
-    ns_word(out, lanes, minus, ns_load4(rest), ns_load4(rest + 4), w4);
+    const uint32_t four = (uint8_t)zero * 0x01010101u;
+    uint32_t rest[2] = {four, four};
+    for (int32_t i = 0; i < n; i++) ((int8_t *)rest)[i] = x[i];
+    ns_word(out, lanes, minus, rest[0], rest[1], w4);
   }
+}
+
+/* Codes k to k + n - 1 of row r, one of `rows`. k begins a word; a word that x does not fill is filled with zero points. */
+NS_INLINE void ns_put(const ns_rows *g, int16_t *block, int32_t rows, int32_t r, int32_t k, const int8_t *x, int32_t n,
+                      const int32_t w4) {
+  const uint32_t minus = ((uint32_t)-g->zx & 0xffff) * 0x10001u;
+  uint32_t *out = (uint32_t *)block;
+  if (rows > 1) ns_put_words(out + k / 2 * NS_BLOCK + r, NS_BLOCK, minus, x, n, (int8_t)g->zx, w4);
+  else ns_put_words(out + k / 2, 1, minus, x, n, (int8_t)g->zx, w4);
 }
 
 /* Zero points from code k on, n of them; both whole words. */
@@ -95,28 +103,18 @@ NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, co
     }
     return;
   }
-  int8_t *y1 = y + g->ys, *y2 = y1 + g->ys, *y3 = rows > 3 ? y2 + g->ys : y2;
-  for (int32_t o = 0; o < g->o; o++, w += stride) {
-    const int32_t first = bias ? bias[o] : 0, scale = m[o];
-    int32_t acc[4] = {first, first, first, first};
-    if (w4) {
-      acc[0] = acc[1] = acc[2] = acc[3] = 0;
-      ns_mac4_w4(acc, (const uint8_t *)w, x, groups);
-      for (int32_t r = 0; r < 4; r++) acc[r] = (acc[r] >> 4) + first;
-    } else {
-      ns_mac4(acc, w, x, groups);
-    }
-    /* With three rows the fourth is rubbish and is overwritten by the third. */
-    if (s.quick) {
-      y3[o] = ns_requant_quick(acc[3], scale, s.addend, s.shift);
-      y2[o] = ns_requant_quick(acc[2], scale, s.addend, s.shift);
-      y1[o] = ns_requant_quick(acc[1], scale, s.addend, s.shift);
-      y[o] = ns_requant_quick(acc[0], scale, s.addend, s.shift);
-    } else {
-      y3[o] = ns_requant(acc[3], scale, g->shift, g->zy, g->low, g->high);
-      y2[o] = ns_requant(acc[2], scale, g->shift, g->zy, g->low, g->high);
-      y1[o] = ns_requant(acc[1], scale, g->shift, g->zy, g->low, g->high);
-      y[o] = ns_requant(acc[0], scale, g->shift, g->zy, g->low, g->high);
+  if (rows == NS_BLOCK && s.quick && bias) {
+    ns_channels c = {block, (int32_t)((intptr_t)bias - (intptr_t)m), stride - 4 * groups, 4 * groups, groups & 3, m + g->o, m,
+                     y, s.addend, s.shift, g->ys, w - (stride - 4 * groups)};
+    if (w4) ns_channels_w4(&c);
+    else ns_channels_w8(&c);
+    return;
+  }
+  for (int32_t r = 0; r < rows; r++, x++, y += g->ys) { /* three rows, or a rescaling that goes the long way */
+    const int8_t *row = w;
+    for (int32_t o = 0; o < g->o; o++, row += stride) {
+      const int32_t total = ns_wrap_add(ns_mac(row, x, groups, w4), bias ? bias[o] : 0);
+      y[o] = ns_requant(total, m[o], g->shift, g->zy, g->low, g->high);
     }
   }
 }
