@@ -45,8 +45,8 @@ def floats(predictor: Predictor, knobs: NewtonMPC) -> int:
     m, p, n = predictor.controls, predictor.outputs, predictor.controls * knobs.moves
     outs = [len(layer.weight) for layer in predictor.network.layers]
     histories = (predictor.control_past - 1 + knobs.last) * m + (predictor.output_past + knobs.last) * p
-    network = outs[0] + sum(outs) + 2 * p * max(predictor.moving, *outs) + predictor.moving
-    return histories + network + knobs.last * p * n + n * n + 6 * n
+    network = 2 * outs[0] + knobs.last * sum(outs) + 2 * p * max(predictor.moving, *outs) + predictor.moving
+    return histories + network + 2 * knobs.last * p * n + n * n + 6 * n
 
 
 def controller_c(predictor: Predictor, knobs: NewtonMPC, name: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ PATH = "nn4mc/hasel_reference_path.mat"
 FILES = (NETWORK, PATH)
 HELD = 5  # ticks a sample
 # Chosen by error and instructions over the whole path; see docs/control.svg.
-SETTINGS = NewtonMPC(q=(3e4, 5e4, 5e4), change=(1e-3,) * 6)
+SETTINGS = NewtonMPC(q=(3e4, 5e4, 5e4), change=(3e-3,) * 6)
 
 
 def predictor(network: str = NETWORK, dtype: type = np.float64) -> Predictor:
@@ -43,7 +43,7 @@ def samples() -> Array:
 
 def path(held: int = HELD, ticks: int | None = None) -> Array:
     """What is wanted after every tick, (1130 * held, 3) or its first `ticks` rows."""
-    return np.repeat(samples(), held, axis=0)[1:ticks]
+    return np.repeat(samples(), held, axis=0)[1:][:ticks]
 
 
 def follow(model: Predictor, knobs: NewtonMPC = SETTINGS, held: int = HELD, ticks: int | None = None) -> Trace:

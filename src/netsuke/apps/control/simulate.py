@@ -67,7 +67,7 @@ def on_host(predictor: Predictor, knobs: NewtonMPC, path: Array, start: Array, p
 
 def on_board(
     predictor: Predictor, knobs: NewtonMPC, path: Array, start: Array, plant: Predictor | None = None, core: str = "m4",
-    flash: int = 1 << 20, ram: int = 256 << 10, optimise: str = "-O2", seconds: float = 600,
+    flash: int = 1 << 20, ram: int = 256 << 10, optimise: str = "-O3", seconds: float = 600,
 ) -> Emulated:  # fmt: skip
     """The same loop on an emulated Cortex-M4F or M7. Plant, path and loop lie outside of the device's flash."""
     machine = board.EmulatedBoard.load(core, flash, ram)

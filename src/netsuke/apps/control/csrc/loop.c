@@ -35,7 +35,7 @@ int main(void) {
   if (ns_read(path, y, bytes) != bytes) return 2;
   memset(moving, 0, sizeof moving);
   for (int d = 0; d < dd; d++) memcpy(moving + nd * m + d * p, y, bytes);
-  ns_dense_frozen(&plant_network, 0, sums);
+  memset(sums, 0, sizeof sums);
   JOIN(NAME, _reset)(y);
   int known = 0; /* rows in `ahead` */
   while (known < HORIZON && ns_read(path, ahead + known * p, bytes) == bytes) known++;
@@ -46,7 +46,7 @@ int main(void) {
     JOIN(NAME, _step)(y, 0, ahead, u);
     const uint32_t spent = (uint32_t)(ns_instructions() - begin);
     push(moving, nd, m, u);
-    const float *now = ns_dense_forward(&plant_network, sums, moving, values);
+    const float *now = ns_dense_forward(&plant_network, 0, nd * m + dd * p, moving, sums, values);
     push(moving + nd * m, dd, p, now);
     memcpy(y, now, bytes);
     ns_write(to, u, (size_t)m * sizeof *u);

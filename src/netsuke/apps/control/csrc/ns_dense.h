@@ -23,9 +23,8 @@ typedef struct {
   const float *scale;
 } ns_layer;
 
-/* A network whose input is in two parts: `moving` values that change within a tick, then `frozen` ones that do not. */
 typedef struct {
-  int32_t count, moving, frozen;
+  int32_t count;
   const ns_layer *layers;
 } ns_dense;
 
@@ -33,15 +32,20 @@ float ns_exp(float x);
 float ns_tanh(float x);
 float ns_activate(int32_t activation, float x);
 
-/* sums[outs of the first layer]: what the frozen inputs add to the first layer; NULL stands for zeros. */
-void ns_dense_frozen(const ns_dense *net, const float *frozen, float *sums);
+/* out[outs of the first layer] = sums + what the inputs [from, from + n), x, add to the first layer; sums may be NULL. So
+ * the part of inputs that stay is added up once. */
+void ns_dense_add(const ns_dense *net, int32_t from, int32_t n, const float *x, const float *sums, float *out);
 
-/* All activations into `values`, layer after layer; returns where the last layer's begin. */
-const float *ns_dense_forward(const ns_dense *net, const float *sums, const float *moving, float *values);
+/* All outputs into `values`, layer after layer, from `sums` and the inputs [from, from + n). Returns the last layer's. */
+const float *ns_dense_forward(const ns_dense *net, int32_t from, int32_t n, const float *x, const float *sums, float *values);
 
-/* jacobian (outs, moving) of the forward pass that left `values`; `spare` and `jacobian` each hold outs rows of the
- * widest layer's outputs or of `moving`, whichever is more. Returns whichever of the two holds the result. */
-float *ns_dense_jacobian(const ns_dense *net, const float *values, float *jacobian, float *spare);
+/* d outputs / d the first `columns` inputs, (outs, columns), at the pass that left `values`, which are used up. `jacobian`
+ * and `spare` each hold outs rows of the widest layer or of `columns`, whichever is more; returns the one with the result. */
+float *ns_dense_jacobian(const ns_dense *net, int32_t columns, float *values, float *jacobian, float *spare);
+
+/* to (rows, columns) += the product of t, whose element [r][k] is at r * t_row + k * t_term, and b (terms, columns). */
+void ns_product(const float *b, int32_t terms, const float *t, int32_t t_row, int32_t t_term, int32_t rows, int32_t columns,
+                float *to);
 
 #ifdef __cplusplus
 }

@@ -4,18 +4,19 @@
 
 /* Where everything lies in the caller's workspace. Controls and outputs are kept in the order of time, past then future. */
 typedef struct {
-  float *controls, *outputs, *sums, *values, *jacobian, *spare, *moving, *slopes, *gradient, *hessian, *step;
+  float *controls, *outputs, *sums, *pushed, *values, *jacobian, *spare, *inputs, *slopes, *weighted, *gradient, *hessian, *step;
   float *plan, *trial, *best, *kept;
-  int32_t floats;
+  int32_t units, floats; /* units: of all layers */
 } Layout;
 
 static Layout layout(const ns_mpc_config *c, float *work) {
   Layout w;
   const int32_t m = c->controls, p = c->outputs, n = m * c->moves;
-  int32_t at = 0, units = 0, widest = c->control_past * m + c->output_past * p;
-  const int32_t moving = widest;
+  int32_t at = 0, widest = c->control_past * m + c->output_past * p;
+  const int32_t inputs = widest;
+  w.units = 0;
   for (int32_t i = 0; i < c->net->count; i++) {
-    units += c->net->layers[i].outs;
+    w.units += c->net->layers[i].outs;
     if (c->net->layers[i].outs > widest) widest = c->net->layers[i].outs;
   }
 #define TAKE(name, size) w.name = work ? work + at : 0, at += (size)
@@ -23,11 +24,13 @@ static Layout layout(const ns_mpc_config *c, float *work) {
   TAKE(outputs, (c->output_past + c->last) * p);
   TAKE(kept, n);
   TAKE(sums, c->net->layers[0].outs);
-  TAKE(values, units);
+  TAKE(pushed, c->net->layers[0].outs);
+  TAKE(values, c->last * w.units);
   TAKE(jacobian, p * widest);
   TAKE(spare, p * widest);
-  TAKE(moving, moving);
+  TAKE(inputs, inputs);
   TAKE(slopes, c->last * p * n);
+  TAKE(weighted, c->last * p * n);
   TAKE(gradient, n);
   TAKE(hessian, n * n);
   TAKE(step, n);
@@ -71,38 +74,43 @@ static float planned(const ns_mpc_config *c, const float *plan, int32_t j, int32
   return plan[((j < c->moves ? j : c->moves) - 1) * c->controls + i];
 }
 
-/* Adds tick j's rows to `slopes` from the network's own Jacobian and the slopes of earlier ticks. */
+/* Tick j's rows of `slopes` from the network's own Jacobian `a` and the slopes of earlier ticks. */
 static void chain(const ns_mpc_config *c, const Layout *w, int32_t j, const float *a) {
   const int32_t m = c->controls, p = c->outputs, n = m * c->moves, width = c->control_past * m + c->output_past * p;
   float *to = w->slopes + (j - 1) * p * n;
-  for (int32_t i = 0; i < p * n; i++) to[i] = 0.0f;
-  for (int32_t r = 0; r < p; r++, a += width, to += n) {
-    for (int32_t d = 0; d < c->control_past && d < j; d++) {
-      float *block = to + ((j - d < c->moves ? j - d : c->moves) - 1) * m;
-      for (int32_t i = 0; i < m; i++) block[i] += a[d * m + i];
+  memset(to, 0, (size_t)(p * n) * sizeof *to);
+  for (int32_t d = 0; d < c->control_past && d < j; d++) {
+    float *block = to + ((j - d < c->moves ? j - d : c->moves) - 1) * m;
+    for (int32_t r = 0; r < p; r++)
+      for (int32_t i = 0; i < m; i++) block[r * n + i] += a[r * width + d * m + i];
+  }
+  for (int32_t d = 0; d < c->output_past && d < j - 1; d++)
+    ns_product(w->slopes + (j - 2 - d) * p * n, p, a + c->control_past * m + d * p, width, 1, p, n, to);
+}
+
+/* Predicts the horizon for a plan into `outputs`, and all units into `values`. */
+static void roll(const ns_mpc_config *c, const Layout *w, const float *plan) {
+  const int32_t m = c->controls, p = c->outputs, past = c->control_past - 1;
+  for (int32_t j = 1; j <= c->last; j++) {
+    float *x = w->inputs;
+    for (int32_t i = 0; i < m; i++) w->controls[(past + j - 1) * m + i] = planned(c, plan, j, i);
+    if (j <= c->moves + past) { /* later the controls in the history are all the last one, and push the same */
+      for (int32_t d = 0; d <= past; d++) memcpy(x + d * m, w->controls + (past + j - 1 - d) * m, (size_t)m * sizeof *x);
+      ns_dense_add(c->net, 0, (past + 1) * m, x, w->sums, w->pushed);
     }
-    for (int32_t d = 0; d < c->output_past && d < j - 1; d++)
-      for (int32_t k = 0; k < p; k++) {
-        const float by = a[c->control_past * m + d * p + k];
-        const float *from = w->slopes + ((j - 2 - d) * p + k) * n;
-        for (int32_t i = 0; i < n; i++) to[i] += by * from[i];
-      }
+    for (int32_t d = 0; d < c->output_past; d++)
+      memcpy(x + d * p, w->outputs + (c->output_past + j - 2 - d) * p, (size_t)p * sizeof *x);
+    const float *y =
+        ns_dense_forward(c->net, (past + 1) * m, c->output_past * p, x, w->pushed, w->values + (j - 1) * w->units);
+    memcpy(w->outputs + (c->output_past + j - 1) * p, y, (size_t)p * sizeof *y);
   }
 }
 
-/* Predicts the horizon for a plan into `outputs`, with `slopes` when they are wanted. */
-static void roll(const ns_mpc_config *c, const Layout *w, const float *plan, int slopes) {
-  const int32_t m = c->controls, p = c->outputs, past = c->control_past - 1;
-  for (int32_t j = 1; j <= c->last; j++) {
-    for (int32_t i = 0; i < m; i++) w->controls[(past + j - 1) * m + i] = planned(c, plan, j, i);
-    float *x = w->moving;
-    for (int32_t d = 0; d <= past; d++, x += m) memcpy(x, w->controls + (past + j - 1 - d) * m, (size_t)m * sizeof *x);
-    for (int32_t d = 0; d < c->output_past; d++, x += p)
-      memcpy(x, w->outputs + (c->output_past + j - 2 - d) * p, (size_t)p * sizeof *x);
-    const float *y = ns_dense_forward(c->net, w->sums, w->moving, w->values);
-    memcpy(w->outputs + (c->output_past + j - 1) * p, y, (size_t)p * sizeof *y);
-    if (slopes) chain(c, w, j, ns_dense_jacobian(c->net, w->values, w->jacobian, w->spare));
-  }
+/* Slopes by the chain rule at the plan that was rolled out last. */
+static void exact(const ns_mpc_config *c, const Layout *w) {
+  const int32_t columns = c->control_past * c->controls + c->output_past * c->outputs;
+  for (int32_t j = 1; j <= c->last; j++)
+    chain(c, w, j, ns_dense_jacobian(c->net, columns, w->values + (j - 1) * w->units, w->jacobian, w->spare));
 }
 
 /* Cost of the plan whose prediction is in `outputs`. */
@@ -127,23 +135,22 @@ static float cost(const ns_mpc_config *c, const Layout *w, const float *plan, co
   return sum;
 }
 
-/* Half the gradient and half the Gauss-Newton Hessian (lower triangle) at `plan`; `slopes` and `outputs` are up to date. */
+/* Half the gradient and half the Gauss-Newton Hessian at `plan`; `slopes` and `outputs` are up to date. */
 static void derivatives(const ns_mpc_config *c, const Layout *w, const float *plan, const float *reference) {
   const int32_t m = c->controls, p = c->outputs, n = m * c->moves;
   memset(w->gradient, 0, (size_t)n * sizeof(float));
   memset(w->hessian, 0, (size_t)(n * n) * sizeof(float));
-  for (int32_t j = c->first; j <= c->last; j++)
-    for (int32_t k = 0; k < p; k++) {
-      const float *s = w->slopes + ((j - 1) * p + k) * n;
-      const float e = reference[(j - 1) * p + k] - w->outputs[(c->output_past + j - 1) * p + k];
-      const float pull = c->q[k] * e;
-      for (int32_t a = 0; a < n; a++) {
-        w->gradient[a] -= pull * s[a];
-        const float t = c->q[k] * s[a];
-        float *h = w->hessian + a * n;
-        for (int32_t b = 0; b <= a; b++) h[b] += t * s[b];
-      }
+  const int32_t rows = (c->last - c->first + 1) * p;
+  const float *s = w->slopes + (c->first - 1) * p * n, *y = w->outputs + (c->output_past + c->first - 1) * p;
+  const float *wanted = reference + (c->first - 1) * p;
+  for (int32_t i = 0; i < rows; i++) {
+    const float pull = c->q[i % p] * (wanted[i] - y[i]);
+    for (int32_t a = 0; a < n; a++) {
+      w->gradient[a] -= pull * s[i * n + a];
+      w->weighted[i * n + a] = c->q[i % p] * s[i * n + a];
     }
+  }
+  ns_product(s, rows, w->weighted, 1, n, n, n, w->hessian);
   for (int32_t j = 0; j < c->moves; j++)
     for (int32_t i = 0; i < m; i++) {
       const int32_t a = j * m + i;
@@ -201,7 +208,7 @@ static void differences(const ns_mpc_config *c, const Layout *w) {
     memcpy(w->trial, w->plan, (size_t)n * sizeof(float));
     for (int side = 0; side < 2; side++) {
       w->trial[a] = side ? w->plan[a] - c->epsilon : w->plan[a] + c->epsilon;
-      roll(c, w, w->trial, 0);
+      roll(c, w, w->trial);
       for (int32_t i = 0; i < c->last * p; i++) {
         const float y = w->outputs[c->output_past * p + i];
         w->slopes[i * n + a] = side ? (w->slopes[i * n + a] - y) / (2.0f * c->epsilon) : y;
@@ -214,17 +221,21 @@ static void differences(const ns_mpc_config *c, const Layout *w) {
 static float descend(ns_mpc *mpc, const Layout *w, const float *reference, int *halved) {
   const ns_mpc_config *c = mpc->config;
   const int32_t n = c->controls * c->moves;
-  float now = 0.0f;
+  roll(c, w, w->plan);
+  float now = cost(c, w, w->plan, reference);
   for (int32_t it = 0; it < c->iterations; it++) {
-    if (c->differences) differences(c, w);
-    roll(c, w, w->plan, !c->differences);
-    now = cost(c, w, w->plan, reference);
+    if (c->differences) {
+      differences(c, w);
+      roll(c, w, w->plan);
+    } else {
+      exact(c, w);
+    }
     derivatives(c, w, w->plan, reference);
     solve(c, w, w->plan);
     float length = 1.0f, then = now;
     for (int32_t level = 0; level < c->levels; level++, length *= c->factor) {
       for (int32_t a = 0; a < n; a++) w->trial[a] = clip(c, w->plan[a] - length * w->step[a]);
-      roll(c, w, w->trial, 0);
+      roll(c, w, w->trial);
       then = cost(c, w, w->trial, reference);
       if (then < now) break;
       *halved = 1;
@@ -245,7 +256,8 @@ float ns_mpc_step(ns_mpc *mpc, const float *y, const float *sensors, const float
   memmove(w.outputs, w.outputs + p, (size_t)((c->output_past - 1) * p) * sizeof(float));
   for (int32_t k = 0; k < p; k++) /* a measurement that is not finite was lost: the one before, still there, stands in */
     if (y[k] - y[k] == 0.0f) w.outputs[(c->output_past - 1) * p + k] = y[k];
-  ns_dense_frozen(c->net, sensors, w.sums);
+  const int32_t moving = c->control_past * m + c->output_past * p;
+  ns_dense_add(c->net, moving, sensors ? c->sensors : 0, sensors, 0, w.sums);
   for (int32_t start = 0; start < c->starts; start++) {
     if (start == 0) { /* the plan of the last tick, one tick on */
       for (int32_t a = 0; a < n; a++) w.plan[a] = w.kept[a + m < n ? a + m : a];

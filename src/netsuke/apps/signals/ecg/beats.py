@@ -53,17 +53,23 @@ def trimmed_mean(rows: np.ndarray) -> np.ndarray:
     return np.where(inside, np.nan_to_num(ordered), 0).sum(0) / np.maximum(inside.sum(0), 1)
 
 
-def best_shift(x: np.ndarray, peak: int, core: np.ndarray) -> tuple[int, float]:
-    """Shift of `peak` within ±`SHIFT` at which the lead is most like `core`, and that correlation."""
-    first = peak - SHIFT - (BEFORE - CORE.start)
-    if first < 0 or first + len(core) + 2 * SHIFT > len(x):
-        return 0, float("nan")
-    rows = np.lib.stride_tricks.sliding_window_view(x[first : first + len(core) + 2 * SHIFT], len(core))
-    rows = rows - rows.mean(1, keepdims=True)
-    c = core - core.mean()
-    r = rows @ c / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(c), 1e-12)
-    k = int(np.argmax(r))
-    return k - SHIFT, float(r[k])
+def best_shifts(x: np.ndarray, starts: np.ndarray, shape: np.ndarray, haste: float = 0.0) -> tuple[np.ndarray, ...]:
+    """Where `x` is most like `shape` (n,) within ±`SHIFT` of each of `starts` (B,): shifts (B,), correlations (B,).
+
+    NaN for a start from which the search would leave the record. `haste` is taken off the correlation per sample of
+    shift, so that among equals the smallest move wins.
+    """
+    low, high = starts - SHIFT, starts + SHIFT + len(shape)
+    inside = (low >= 0) & (high <= len(x))
+    index = np.where(inside, low, 0)[:, None] + np.arange(len(shape) + 2 * SHIFT)
+    spans = x[np.minimum(index, len(x) - 1)]
+    c = shape - shape.mean()
+    c /= max(float(np.sqrt(c @ c)), 1e-12)
+    rows = np.lib.stride_tricks.sliding_window_view(spans, len(shape), axis=1)
+    size = np.sqrt(np.maximum((rows**2).sum(2) - rows.sum(2) ** 2 / len(shape), 1e-18))
+    r = rows @ c / size
+    best = np.argmax(r - haste * np.abs(np.arange(2 * SHIFT + 1) - SHIFT), axis=1)
+    return np.where(inside, best - SHIFT, 0), np.where(inside, r[np.arange(len(r)), best], np.nan)
 
 
 def representative(x: np.ndarray, peaks: np.ndarray) -> Beat | None:
@@ -84,8 +90,7 @@ def representative(x: np.ndarray, peaks: np.ndarray) -> Beat | None:
     if len(members) < 2:
         return None
     core = trimmed_mean(rows[members][:, CORE])
-    moved = [best_shift(x, int(p), core) for p in peaks]
-    shift, like = np.array([s for s, _ in moved]), np.array([r for _, r in moved])
+    shift, like = best_shifts(x, peaks - (BEFORE - CORE.start), core)
     used = np.zeros(len(peaks), dtype=bool)
     used[members] = True
     complete = used & ~np.isnan(rows).any(1)

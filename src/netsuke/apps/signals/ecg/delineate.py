@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from netsuke.apps.signals.ecg import network, quality
-from netsuke.apps.signals.ecg.beats import BEFORE, LIKE, SHIFT, Beat, representative
+from netsuke.apps.signals.ecg.beats import BEFORE, LIKE, Beat, best_shifts, representative
 from netsuke.apps.signals.ecg.conditioning import HUM, RATE, condition, hum
 from netsuke.apps.signals.ecg.network import MARKS
 from netsuke.apps.signals.ecg.rpeaks import detect
@@ -21,6 +21,7 @@ from netsuke.errors import NetsukeError
 METHODS = ("netsuke", "released")
 P_SURE = 0.5  # below it the network sees no P wave
 P_SURE_IF = {"irregular": 0.9, "paced": 0.9}  # f waves and spikes can average to something that looks like a P
+HASTE = 0.004  # of correlation per sample: a wave moves only for a reason
 FIT = 0.5  # correlation that a single beat's P or T must have with the representative one
 P, QRS, T = slice(0, 3), slice(3, 5), slice(5, 8)
 
@@ -144,39 +145,22 @@ def single_beats(
     x: np.ndarray, peaks: np.ndarray, beat: Beat, at: np.ndarray, reasons: dict[str, str]
 ) -> tuple[np.ndarray, list[str]]:
     """Every beat's marks in samples of `x` (P, 8), and why some are missing (P,)."""
-    out, why = np.full((len(peaks), len(MARKS)), np.nan), []
-    parts = [(name, part) for name, part in (("P", P), ("T", T)) if name not in reasons]
-    for i, r in enumerate(peaks):
-        if not beat.like[i] >= LIKE:
-            edge = np.isnan(beat.like[i])
-            why.append("the beat reaches beyond the record" if edge else "another shape than the typical beat")
+    out = np.full((len(peaks), len(MARKS)), np.nan)
+    same, start = beat.like >= LIKE, peaks + beat.shift
+    said = [[] if s else ["beyond the record" if e else "another shape"] for s, e in zip(same, np.isnan(beat.like))]
+    if "QRS" not in reasons:
+        out[same, QRS] = start[same, None] + at[QRS]
+    for name, part in (("P", P), ("T", T)):
+        if name in reasons:
             continue
-        start, said = r + beat.shift[i], []
-        if "QRS" not in reasons:
-            out[i, QRS] = start + at[QRS]
-        for name, part in parts:
-            moved, fit = fitted(x, int(start), beat.wave, at[part])
-            if fit >= FIT:
-                out[i, part] = start + moved + at[part]
-            else:
-                said.append(f"{name}: no wave like the typical one" if fit > -1 else f"{name}: beyond the record")
-        why.append("; ".join(said))
-    return out, why
-
-
-def fitted(x: np.ndarray, start: int, wave: np.ndarray, at: np.ndarray) -> tuple[int, float]:
-    """Shift within ±24 ms at which `x` around R at `start` is most like the wave between the marks `at`, and how much."""
-    low, high = BEFORE + int(at[0]) - 3, BEFORE + int(at[2]) + 4
-    low, high = max(0, low), min(len(wave), high)
-    first, last = start + low - BEFORE - SHIFT, start + high - BEFORE + SHIFT
-    if first < 0 or last > len(x) or high - low < 5:
-        return 0, -2.0
-    rows = np.lib.stride_tricks.sliding_window_view(x[first:last], high - low)
-    rows = rows - rows.mean(1, keepdims=True)
-    c = wave[low:high] - wave[low:high].mean()
-    r = rows @ c / np.maximum(np.sqrt((rows * rows).sum(1)) * np.sqrt(c @ c), 1e-12)
-    k = int(np.argmax(r - 0.004 * np.abs(np.arange(len(r)) - SHIFT)))  # among equals, the smallest move
-    return k - SHIFT, float(r[k])
+        low, high = BEFORE + int(at[part][0]) - 3, BEFORE + int(at[part][2]) + 4
+        low, high = max(low, 0), min(high, len(beat.wave))
+        moved, fit = best_shifts(x, start + low - BEFORE, beat.wave[low:high], HASTE)
+        good = same & (fit >= FIT)
+        out[good, part] = (start + moved)[good, None] + at[part]
+        for i in np.flatnonzero(same & ~good):
+            said[i].append(f"{name} beyond the record" if np.isnan(fit[i]) else f"no {name} like the typical one")
+    return out, ["; ".join(s) for s in said]
 
 
 def at_rate(d: Delineation, fs: float) -> Delineation:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -131,15 +132,16 @@ def _open(path: Path, format_: str, leads: int, length: int | None) -> np.ndarra
     length = length or have
     if format_ == "16":
         return np.memmap(path, dtype="<i2", mode="r", shape=(length, leads))
-    return _unpack_212(np.memmap(path, dtype=np.uint8, mode="r"), length * leads).reshape(length, leads)
+    with open(path, "rb") as f:
+        return _unpack_212(f, length * leads).reshape(length, leads)
 
 
-def _unpack_212(data: np.ndarray, count: int) -> np.ndarray:
-    """`count` 12-bit samples, in pieces of a million so that a day of signal needs no wide intermediates."""
+def _unpack_212(f: BinaryIO, count: int) -> np.ndarray:
+    """`count` 12-bit samples, in stretches so that a day of signal needs no wide intermediates."""
     out = np.empty(count + count % 2, dtype=np.int16)
-    for start in range(0, (count + 1) // 2, 1 << 19):
-        stop = min((count + 1) // 2, start + (1 << 19))
-        raw = np.asarray(data[3 * start : 3 * stop])
+    for start in range(0, (count + 1) // 2, 1 << 17):
+        stop = min((count + 1) // 2, start + (1 << 17))
+        raw = np.fromfile(f, dtype=np.uint8, count=3 * (stop - start))
         raw = np.concatenate((raw, np.zeros(3 * (stop - start) - len(raw), np.uint8))).reshape(-1, 3).astype(np.int16)
         first = raw[:, 0] | ((raw[:, 1] & 15) << 8)
         second = raw[:, 2] | ((raw[:, 1] >> 4) << 8)
