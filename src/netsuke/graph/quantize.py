@@ -9,8 +9,8 @@ One pass over the samples collects a histogram of every activation and the mean 
     relu, relu6   the lowest and highest code of the operator before them; other functions are tables of 256 codes
 
 Before all that, scale may be moved between the channels of neighbouring layers (`equalize.py`). With one scale per channel in
-the weights that helps some networks and harms others (MLPerf Tiny's keyword model: error 4 times larger), so by default both
-are built and the one whose outputs are nearer to the float network's on the calibration data is taken.
+the weights that helps some networks and harms others (MLPerf Tiny's keyword model, fed noise: error 4 times larger), so by
+default both are built and the one whose outputs are nearer to the float network's on the calibration data is taken.
 
 `weights_only` needs no samples: int8 or int4 weights with float activations, for recurrent layers too. `narrow` takes layers
 of an int8 graph to 4 bits.
