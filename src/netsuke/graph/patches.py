@@ -1,9 +1,10 @@
-"""Runs a network's first stage in bands of rows, so that no large tensor of it ever exists as a whole.
+"""Runs a stage of a network in bands of rows, so that no large tensor of it ever exists as a whole.
 
-The first layers of an image network hold the most bytes and the fewest weights. Here operators 0 to `until` - 1 are
-written again per band of rows of the stage's output: a band of the input is a view of the image's rows, a band's result
-is a view into the stage's output, and everything between has a few rows only. Two bands compute the rows at their seam
-(the halo) both. Same integers as before: padding stays at the image's border. Graphs with bands take one image at a time.
+The first layers of an image network hold the most bytes and the fewest weights. Here operators `start` (most often 0) to
+`until` - 1 are written again per band of rows of the stage's output: a band of the input is a view of the image's rows,
+a band's result is a view into the stage's output, and everything between has a few rows only. Two bands compute the rows
+at their seam (the halo) both. Same integers as before: padding stays at the image's border. Graphs with bands take one
+image at a time.
 
 Lin et al., MCUNetV2, 2021. Keeping the rows of the seam instead (line buffers) saves the arithmetic and was tried: it
 needs more bytes on the networks at hand, and four times the operators. Worth it where the stage's output and input are
@@ -13,7 +14,7 @@ far smaller than what lies between them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,26 +29,26 @@ POINTS = ("add", "mul", "lut", "unary")
 BANDS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-def patch(graph: QGraph, until: int, bands: int) -> QGraph:
-    """`graph` with operators 0 to `until` - 1 in `bands` bands of rows; its tensors keep their indices.
+def patch(graph: QGraph, until: int, bands: int, start: int = 0) -> QGraph:
+    """`graph` with operators `start` to `until` - 1 in `bands` bands of rows; its tensors keep their indices.
 
     Raises NetsukeError when those operators are no stage (see `refusal`), or its output has fewer rows than bands.
     """
-    asked = f"run the first {until} operators of {graph.name} in {bands} bands"
-    if found := refusal(graph, until):
+    asked = f"run operators {start} to {until - 1} of {graph.name} in {bands} bands"
+    if found := refusal(graph, until, start):
         raise NetsukeError(asked, found, f"{', '.join(WINDOWS + POINTS)} on images, with one result")
-    rows = graph.tensors[_result(graph, until)].shape[1]
+    rows = graph.tensors[_result(graph, until, start)].shape[1]
     if not 1 <= bands <= rows:
         raise NetsukeError(asked, f"the stage's output has {rows} rows", f"1 to {rows} bands")
-    return _Stage(graph, until).run(bands)
+    return _Stage(graph, until, start).run(bands)
 
 
-def refusal(graph: QGraph, until: int) -> str | None:
-    """Why operators 0 to `until` - 1 cannot be a stage, as a clause, or None."""
-    if not 1 <= until <= len(graph.ops):
+def refusal(graph: QGraph, until: int, start: int = 0) -> str | None:
+    """Why operators `start` to `until` - 1 cannot be a stage, as a clause, or None."""
+    if not 0 <= start < until <= len(graph.ops):
         return f"the network has {len(graph.ops)} operators"
     written: set[int] = set()
-    for op in graph.ops[:until]:
+    for op in graph.ops[start:until]:
         name = op.name or op.kind
         if op.kind not in WINDOWS + POINTS:
             return f"the operator {name!r} is {op.kind}, which needs the whole image"
@@ -64,14 +65,14 @@ def refusal(graph: QGraph, until: int) -> str | None:
         written.update(op.outputs)
     if {i for pair in graph.states for i in pair} & written:
         return "it writes a state"
-    if _result(graph, until) < 0:
+    if _result(graph, until, start) < 0:
         return "more than one of its results is used later"
     return None
 
 
-def _result(graph: QGraph, until: int) -> int:
-    """The one tensor that the first operators write and others read, or -1."""
-    written = {i for op in graph.ops[:until] for i in op.outputs}
+def _result(graph: QGraph, until: int, start: int) -> int:
+    """The one tensor that these operators write and later ones read, or -1."""
+    written = {i for op in graph.ops[start:until] for i in op.outputs}
     later = {graph.root(i) for op in graph.ops[until:] for i in op.inputs if i >= 0}
     used = written & (later | {graph.root(i) for i in graph.outputs})
     return used.pop() if len(used) == 1 else -1
@@ -80,12 +81,12 @@ def _result(graph: QGraph, until: int) -> int:
 class _Stage:
     """The rewriting of one stage: `have` says which tensor holds which rows in the band at work."""
 
-    def __init__(self, graph: QGraph, until: int):
-        self.old, self.ops = graph, graph.ops[:until]
-        self.result = _result(graph, until)
+    def __init__(self, graph: QGraph, until: int, start: int):
+        self.old, self.ops = graph, graph.ops[start:until]
+        self.result = _result(graph, until, start)
         self.new = graph.copy()
         self.rest = self.new.ops[until:]
-        self.new.ops = []
+        self.new.ops = self.new.ops[:start]
         self.inside = {i for op in self.ops for i in op.outputs}
         self.have: dict[int, tuple[int, Rows]] = {}
 
@@ -167,45 +168,41 @@ def _source(graph: QGraph, op: Op, rows: Rows) -> tuple[Rows, tuple[int, int]]:
     return (max(low, 0), min(high, height)), (max(-low, 0), max(high - height, 0))
 
 
-@dataclass(frozen=True)
-class Patching:
-    """What bands change. `until` is 0 when they gain nothing. Arenas in bytes, multiply-accumulates of one run."""
-
-    until: int
-    bands: int
-    arena_before: int
-    arena: int
-    macs_before: int
-    macs: int
-
-
-def candidates(graph: QGraph, peak_op: int, most_macs: float) -> Iterator[tuple[int, int, QGraph]]:
-    """(until, bands, the graph with them) for every stage that contains the operator at the peak, while its
-    multiply-accumulates are at most `most_macs`."""
-    for until in range(1, len(graph.ops) + 1):
-        if graph.ops[until - 1].kind not in WINDOWS + POINTS:
-            return
-        if until <= peak_op or refusal(graph, until):
+def candidates(graph: QGraph, peak_op: int, most_macs: float) -> Iterator[tuple[int, int, int, QGraph]]:
+    """(start, until, bands, the graph with them) for every stage from the earliest operator on that contains the one at
+    the peak, while its multiply-accumulates are at most `most_macs`."""
+    whole = [k for k, op in enumerate(graph.ops) if op.kind not in WINDOWS + POINTS]
+    start = max((k + 1 for k in whole if k <= peak_op), default=0)
+    end = min((k for k in whole if k > peak_op), default=len(graph.ops))
+    for until in range(max(peak_op, start) + 1, end + 1):
+        if refusal(graph, until, start):
             continue
-        rows = graph.tensors[_result(graph, until)].shape[1]
+        rows = graph.tensors[_result(graph, until, start)].shape[1]
         for bands in BANDS:
-            if bands > rows or (banded := patch(graph, until, bands)).macs() > most_macs:
+            if bands > rows or (banded := patch(graph, until, bands, start)).macs() > most_macs:
                 break
-            yield until, bands, banded
+            yield start, until, bands, banded
 
 
-def best_patching(graph: QGraph, scratch: Scratch = no_scratch, most_macs: float = 1.25) -> tuple[QGraph, Patching]:
-    """The graph with its first stage in bands where that needs the least arena, or as it is where nothing is gained.
+def best_patching(
+    graph: QGraph, scratch: Scratch = no_scratch, most_macs: float = 1.25
+) -> tuple[QGraph, dict[str, int]]:
+    """The graph with a stage in bands where that needs the least arena, or as it is where nothing is gained.
 
-    Of equal arenas the one with the fewest multiply-accumulates; never more than `most_macs` times the graph's own.
+    Of equal arenas the one with the fewest multiply-accumulates; never more than `most_macs` times the graph's own. The
+    second value is {start, until, bands, arena_before, arena, macs_before, macs, extra_macs}: bytes, work of one run;
+    `bands` is 1 when nothing is gained.
     """
     plain, macs = plan_arena(graph, scratch), graph.macs()
-    best = (plain.size, macs, 0, 1, graph)
-    for until, bands, banded in candidates(graph, plain.peak_op, most_macs * macs):
+    best = (plain.size, macs, 0, 0, 1, graph)
+    for start, until, bands, banded in candidates(graph, plain.peak_op, most_macs * macs):
         if peak_bytes(banded, scratch) <= best[0]:
             size = plan_arena(banded, scratch, placements=0).size  # its order decides among hundreds; greedy will do
-            best = min(best, (size, banded.macs(), until, bands, banded), key=lambda x: x[:2])
-    if best[4] is graph:
-        return graph, Patching(0, 1, plain.size, plain.size, macs, macs)
-    _, cost, until, bands, banded = best
-    return banded, Patching(until, bands, plain.size, plan_arena(banded, scratch).size, macs, cost)
+            best = min(best, (size, banded.macs(), start, until, bands, banded), key=lambda x: x[:2])
+    size, cost, start, until, bands, banded = best
+    if banded is not graph:
+        size = plan_arena(banded, scratch).size
+    return banded, {
+        "start": start, "until": until, "bands": bands, "arena_before": plain.size, "arena": size,
+        "macs_before": macs, "macs": cost, "extra_macs": cost - macs,
+    }  # fmt: skip
