@@ -9,7 +9,6 @@ from netsuke.devices import Device, format_seconds
 from netsuke.graph.ir import QGraph
 
 STACK = 1024  # bytes: kernels use under 300, a caller's own frames are the rest
-CODE_SHARE = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,11 @@ def network_cost(graph: QGraph, device: Device, arena: bool = True) -> NetworkCo
     return NetworkCost(flash_bytes(graph), size + variables + STACK if arena else 0, size, seconds, energy, live)
 
 
-def plan_network(model: str, device: str) -> dict[str, Any]:
-    """Arena, the largest live tensors, flash by part, time, and whether it fits, as plain values.
+def plan_network(model: str, device: str, train: str | None = None) -> dict[str, Any]:
+    """Arena, the largest live tensors, flash by part, time, and whether it fits, as plain values; with `train`, the path of an
+    update plan (JSON), the same for one training step.
 
-    Raises NetsukeError for an unusable network or device.
+    Raises NetsukeError for an unusable network, plan or device.
     """
     from netsuke.graph.arena import plan_arena
     from netsuke.graph.instructions import instructions
@@ -74,10 +74,50 @@ def plan_network(model: str, device: str) -> dict[str, Any]:
         out["patches"] = more
         if plan_arena(patched, scratch).size + ram - arena.size <= card.ram:
             out["remedy"] = "export and run it in patches (--patches), which fits"
+    if train is not None:
+        out["training"] = step = _training(graph, train)
+        if step["total"] > card.ram:
+            binding.append("ram for training")
+            out.setdefault(
+                "remedy", f"netsuke train {model} --sram {card.ram} --data …, which searches a plan that fits"
+            )
     out["fits"], out["binding"] = not binding, binding
     if binding and "remedy" not in out:
         out["remedy"] = f"netsuke fit {model} --device {card.name} --data …"
     return out
+
+
+def _training(graph: QGraph, path: str) -> dict[str, Any]:
+    from pathlib import Path
+
+    from netsuke.graph.memory import facts
+    from netsuke.graph.update_plan import UpdatePlan
+    from netsuke.train.on_mcu import STACK as TRAINING_STACK
+    from netsuke.train.on_mcu import training_memory
+
+    plan = UpdatePlan.from_json(Path(path))
+    arena, variables, step = training_memory(graph, plan)
+    total = arena.size + variables + TRAINING_STACK
+    return {
+        **facts(step, arena),
+        "variables": variables,
+        "stack": TRAINING_STACK,
+        "total": total,
+        "plan": plan.to_json(),
+    }
+
+
+def _peak(got: dict[str, Any], of: str) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        "live at the peak", "shape", title=Text(f"the peak{of}: operator {got['peak_operator']}"), title_justify="left"
+    )
+    table.add_column("bytes", justify="right")
+    for row in got["largest"]:
+        table.add_row(Text(row["name"]), "x".join(map(str, row["shape"])), f"{row['bytes']:,}")
+    return table
 
 
 def show(got: dict[str, Any]) -> None:

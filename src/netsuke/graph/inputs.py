@@ -6,6 +6,7 @@ the file has none, by what the input's scale gives away: 1/255 means 0…1, 2/25
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import QGraph, Tensor
+from netsuke.models.files import reading
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
 LARGEST = 1 << 28  # bytes of one input file
+LARGEST_PIXELS = 1 << 26
 RULES = ((1 / 255, 0.0, 1.0), (2 / 255, -1.0, 1.0), (1.0, 0.0, 255.0))  # scale of the input, reals for black and white
 
 
@@ -66,8 +69,6 @@ def from_array(array: np.ndarray, tensor: Tensor, asked: str) -> np.ndarray:
 
 def picture(path: Path, tensor: Tensor, meta: dict[str, Any], asked: str) -> np.ndarray:
     """A picture file as one row for an input (1, H, W, C) or (1, C, H, W)."""
-    from PIL import Image, UnidentifiedImageError
-
     shape = tensor.shape
     if len(shape) != 4:
         raise NetsukeError(asked, f"the network takes the shape {shape}, no picture", "an .npy file of that shape")
@@ -75,16 +76,27 @@ def picture(path: Path, tensor: Tensor, meta: dict[str, Any], asked: str) -> np.
     height, width, channels = (shape[2], shape[3], shape[1]) if first else shape[1:]
     if channels not in (1, 3):
         raise NetsukeError(asked, f"the network takes {channels} channels", "1 or 3", "an .npy file")
+    with reading(path):
+        pixels = square(path.read_bytes(), (height, width), channels, asked)
+    return pixels_to_codes(pixels[None], tensor, meta, asked)
+
+
+def square(data: bytes, size: tuple[int, int], channels: int, asked: str) -> np.ndarray:
+    """Pixels (H, W, C) uint8 of an image file's bytes, its middle square scaled to `size` (H, W), grey when C is 1."""
+    from PIL import Image
+
     try:
-        with Image.open(path) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > LARGEST_PIXELS:
+                raise NetsukeError(asked, f"it has {image.width} x {image.height} pixels", "photographs")
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box), np.float64)
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as e:
-        raise NetsukeError(asked, f"not a readable picture ({str(e)[:80]})", ", ".join(PICTURES)) from None
-    return pixels_to_codes(pixels.reshape(1, height, width, channels), tensor, meta, asked)
+            middle = image.convert("L" if channels == 1 else "RGB").crop((left, top, left + side, top + side))
+            if middle.size != size[::-1]:
+                middle = middle.resize(size[::-1], Image.Resampling.LANCZOS)
+            return np.asarray(middle).reshape(*size, channels)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise NetsukeError(asked, f"no readable image ({str(e)[:80]})", ", ".join(PICTURES)) from None
 
 
 def pixels_to_codes(

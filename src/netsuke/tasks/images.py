@@ -10,7 +10,6 @@ in a row, so `by_pupil` gives sets that share no person.
 from __future__ import annotations
 
 import hashlib
-import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from netsuke.errors import NetsukeError
+from netsuke.graph.inputs import square
 from netsuke.models.files import reading
 from netsuke.tasks.base import Split
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 LARGEST_FILE = 32 << 20  # bytes of one image file
 LARGEST_SET = 100_000
-LARGEST_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,7 @@ def read_images(path: Path, size: int, classes: tuple[str, ...] | None = None) -
 
 def decode(data: bytes, size: int, where: str) -> np.ndarray:
     """(size, size, 3) int8 codes of an image file's bytes."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > LARGEST_PIXELS:
-                raise NetsukeError(f"read {where}", f"it has {image.width} x {image.height} pixels", "photographs")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.convert("RGB").crop((left, top, left + side, top + side))
-            if side != size:
-                square = square.resize((size, size), Image.Resampling.LANCZOS)
-            return (np.asarray(square).astype(np.int16) - 128).astype(np.int8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise NetsukeError(f"read {where}", f"no readable image ({str(e)[:80]})", ", ".join(SUFFIXES)) from None
+    return (square(data, (size, size), 3, f"read {where}").astype(np.int16) - 128).astype(np.int8)
 
 
 def _members(path: Path) -> list[tuple[str, bytes]]:

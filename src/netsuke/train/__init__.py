@@ -13,7 +13,7 @@ PLACES = ("mcu",)
 @verb
 def train(
     model: str, *, data: str, on: str = "mcu", sram: str = "256KB", plan: str | None = None, epochs: int = 5,
-    rate: float = 0.002, seed: int = 0, out: str | None = None, on_progress: Callable[[str, int, int], None] | None = None,
+    rate: float = 0.01, seed: int = 0, out: str | None = None, on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Adapts a small int8 network to the user's own classes as a microcontroller would: the chip's kernels, one sample at a
     time, int8 weights changed in place, everything inside `sram`. What comes out is what the chip would hold, bit for bit.

@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
         sram: Annotated[str, typer.Option(help="arena, trained weights and stack together")] = "256KB",
         plan: Annotated[str | None, typer.Option(help="an update plan; default: searched")] = None,
         epochs: Annotated[int, typer.Option(help="passes over the training samples")] = 5,
-        rate: Annotated[float, typer.Option(help="learning rate of the first step, one sample each")] = 0.002,
+        rate: Annotated[float, typer.Option(help="learning rate of the first step, one sample each")] = 0.01,
         seed: Annotated[int, typer.Option(help="of the order and of the rounding")] = 0,
         out: Annotated[str | None, typer.Option("-o", "--out", help="the artifact to write, NAME.netsuke")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,

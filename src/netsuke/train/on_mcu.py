@@ -36,8 +36,8 @@ DEPTHS = (0.1, 0.25, 0.5)  # shares of the layers whose biases are tried
 SHRINK = 0.8  # of the memory rule's limit, while the planned arena is still too large
 
 
-def training_memory(graph: QGraph, plan: UpdatePlan, classes: int) -> tuple[Arena, int, QGraph]:
-    """(arena, bytes of the trained weights in RAM, training graph) of one step."""
+def training_memory(graph: QGraph, plan: UpdatePlan, classes: int | None = None) -> tuple[Arena, int, QGraph]:
+    """(arena, bytes of the trained weights in RAM, training graph) of one step; `classes`: the head's, else its own."""
     step = training_graph(graph, plan, classes)
     return plan_arena(step, scratch), sum(t.bytes for t in step.tensors if t.variable), step
 

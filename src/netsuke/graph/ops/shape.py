@@ -92,7 +92,10 @@ def concat(graph: QGraph, op: Op, args: list[Array | None]) -> tuple[Array, ...]
 def cut(graph: QGraph, op: Op, args: list[Array | None]) -> tuple[Array, ...]:
     y = graph.tensors[op.outputs[0]]
     strides = op.attrs.get("stride", (1,) * len(y.shape))
-    return (args[0][tuple(slice(b, b + s * n, s) for b, n, s in zip(op.attrs["begin"], y.shape, strides))],)
+    parts = [slice(b, b + s * n, s) for b, n, s in zip(op.attrs["begin"], y.shape, strides)]
+    if graph.tensors[op.inputs[0]].shape[0] == y.shape[0]:
+        parts[0] = slice(None)  # the whole batch, however large
+    return (args[0][tuple(parts)],)
 
 
 def _pool(graph: QGraph, op: Op) -> str | None:
