@@ -46,7 +46,7 @@ def floats(predictor: Predictor, knobs: NewtonMPC) -> int:
     outs = [len(layer.weight) for layer in predictor.network.layers]
     histories = (predictor.control_past - 1 + knobs.last) * m + (predictor.output_past + knobs.last) * p
     network = 2 * outs[0] + knobs.last * sum(outs) + 2 * p * max(predictor.moving, *outs) + predictor.moving
-    return histories + network + 2 * knobs.last * p * n + n * n + 6 * n
+    return histories + network + 2 * knobs.last * p * n + n * n + 6 * n + 3 * p
 
 
 def controller_c(predictor: Predictor, knobs: NewtonMPC, name: str) -> dict[str, str]:
@@ -61,7 +61,7 @@ def controller_c(predictor: Predictor, knobs: NewtonMPC, name: str) -> dict[str,
         "output_past": model.output_past, "sensors": model.sensors, "first": knobs.first, "last": knobs.last,
         "moves": knobs.moves, "starts": knobs.starts, "iterations": knobs.iterations, "levels": knobs.levels,
         "differences": int(knobs.derivatives == "differences"), "factor": f(float(knobs.factor)),
-        "epsilon": f(float(knobs.epsilon)), "enough": f(float(knobs.enough)), "low": f(float(knobs.low)),
+        "epsilon": f(float(knobs.epsilon)), "enough": f(float(knobs.enough)), "correction": f(float(knobs.correction)), "low": f(float(knobs.low)),
         "high": f(float(knobs.high)), "sharpness": f(float(knobs.sharpness)), "range": f(float(knobs.range)),
         "centre": f(float(knobs.centre)), "q": "q", "lambda": "lambda", "seed": f"{knobs.seed}u",
     }  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from netsuke.apps.control.arithmetic import Array, fold
-from netsuke.apps.control.predictor import History, Predictor
+from netsuke.apps.control.predictor import History, Predictor, Roll
 from netsuke.errors import NetsukeError
 
 PIVOT = 1e-6  # of the largest diagonal entry: smaller pivots belong to directions without effect
@@ -40,6 +40,7 @@ class NewtonMPC:
     factor: float = 0.5
     starts: int = 3  # 1 sticks on plateaus, 2 already leaves them
     enough: float = 0.0  # a plan of at most this cost needs no further start
+    correction: float = 0.0  # share of a prediction's error that later ones take up; for plants unlike their model
     low: float = -0.5
     high: float = 0.5
     sharpness: float = 0.0  # s of the barrier; the published 1e-20 does nothing, clipping does the work
@@ -107,12 +108,15 @@ class Controller:
         zero = np.clip(np.zeros(self.predictor.controls, self.dtype), self.knobs.low, self.knobs.high)
         self.past: History = self.predictor.rest(y, zero)
         self.kept = np.tile(zero, (self.knobs.moves, 1)).astype(self.dtype)
+        self.foreseen, self.bias = np.asarray(y, self.dtype), np.zeros(self.predictor.outputs, self.dtype)
         self.random, self.halved, self.cost = self.knobs.seed, 0, 0.0
 
     def step(self, y: Array, reference: Array, sensors: Array | None = None) -> Array:
         """The control (m,) to apply now. y (p,): outputs just measured; reference (N2, p): wanted at the next ticks."""
-        k = self.knobs
+        k, y = self.knobs, np.asarray(y, self.dtype)
         self.past.measured(y)
+        error = np.where(np.isfinite(y), y - self.foreseen, self.dtype(0))
+        self.bias = self.bias + self.dtype(k.correction) * error
         self.sums = self.predictor.sums(sensors)
         self.reference = np.asarray(reference, self.dtype)[None]
         shifted = np.concatenate([self.kept[1:], self.kept[-1:]])
@@ -132,8 +136,12 @@ class Controller:
                     break
         self.halved += bool(np.any(halved))
         self.kept, self.cost = best, float(cost)
+        self.foreseen = self._roll(best[None], 1).outputs[0, 0]
         self.past.applied(best[0])
         return best[0]
+
+    def _roll(self, plans: Array, last: int) -> Roll:
+        return self.predictor.roll(plans, self.past, self.sums, last, self.bias)
 
     def _draw(self) -> Array:
         """A random plan, the same control at every tick. Marsaglia's xorshift of 32 bits; the upper 24 make the number."""
@@ -160,7 +168,7 @@ class Controller:
                 trial = np.clip(
                     plans[alive[waiting]] - length * step[waiting], self.dtype(k.low), self.dtype(k.high)
                 )  # fmt: skip
-                then = self.cost_of(trial, self.predictor.roll(trial, self.past, self.sums, k.last).outputs)
+                then = self.cost_of(trial, self._roll(trial, k.last).outputs)
                 lower = then < now[waiting]
                 plans[alive[waiting[lower]]] = trial[lower]
                 costs[alive[waiting[lower]]] = then[lower]
@@ -204,7 +212,7 @@ class Controller:
     def derivatives_at(self, plans: Array) -> tuple[Array, Array, Array]:
         """(foreseen outputs, half the gradient (B, M), half the Hessian (B, M, M))."""
         k, p, (B, moves, m) = self.knobs, self.predictor, plans.shape
-        roll = p.roll(plans, self.past, self.sums, k.last)
+        roll = self._roll(plans, k.last)
         slopes = self._differences(plans) if k.derivatives == "differences" else p.slopes(roll, moves)
         keep = slice(k.first - 1, None)
         e, s = (self.reference - roll.outputs)[:, keep], slopes[:, keep]
@@ -241,7 +249,7 @@ class Controller:
         sides = []
         for shifted in (plans + eps, plans - eps):
             nudged = np.where(nudge, shifted[:, None], plans[:, None]).reshape(-1, moves, m)
-            outputs = self.predictor.roll(nudged, self.past, self.sums, k.last).outputs
+            outputs = self._roll(nudged, k.last).outputs
             sides.append(np.moveaxis(outputs.reshape(B, moves * m, k.last, -1), 1, -1))
         return (sides[0] - sides[1]) / (self.dtype(2) * eps)
 

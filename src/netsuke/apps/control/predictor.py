@@ -76,13 +76,14 @@ class Predictor:
             return np.zeros(len(self.network.layers[0].weight), self.network.dtype)
         return self.network.frozen(sensors, self.moving)
 
-    def roll(self, plans: Array, past: History, sums: Array, last: int) -> Roll:
-        """Outputs foreseen for plans (B, moves, m) over `last` ticks; the last planned control is held."""
+    def roll(self, plans: Array, past: History, sums: Array, last: int, bias: Array | float = 0.0) -> Roll:
+        """Outputs foreseen for plans (B, moves, m) over `last` ticks; the last planned control is held. `bias` (p,) is
+        added to the network's output at every tick, and fed back."""
         ahead, passes = [], []
         for j in range(1, last + 1):
             values = self.network.forward(self._inputs(plans, past, ahead, j), sums)
             passes.append(values)
-            ahead.append(values[-1])
+            ahead.append(values[-1] + np.asarray(bias, self.network.dtype))
         return Roll(np.stack(ahead, axis=1), passes)
 
     def _inputs(self, plans: Array, past: History, ahead: list[Array], j: int) -> Array:

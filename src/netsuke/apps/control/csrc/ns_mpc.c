@@ -5,7 +5,7 @@
 /* Where everything lies in the caller's workspace. Controls and outputs are kept in the order of time, past then future. */
 typedef struct {
   float *controls, *outputs, *sums, *pushed, *values, *jacobian, *spare, *inputs, *slopes, *weighted, *gradient, *hessian, *step;
-  float *plan, *trial, *best, *kept;
+  float *plan, *trial, *best, *kept, *next, *foreseen, *bias;
   int32_t units, floats; /* units: of all layers */
 } Layout;
 
@@ -37,6 +37,9 @@ static Layout layout(const ns_mpc_config *c, float *work) {
   TAKE(plan, n);
   TAKE(trial, n);
   TAKE(best, n);
+  TAKE(next, p);
+  TAKE(foreseen, p);
+  TAKE(bias, p);
 #undef TAKE
   w.floats = at;
   return w;
@@ -67,6 +70,7 @@ void ns_mpc_init(ns_mpc *mpc, const ns_mpc_config *config, float *work, const fl
   for (int32_t i = 0; i < (config->control_past - 1 + config->last) * m; i++) w.controls[i] = clip(config, 0.0f);
   for (int32_t i = 0; i < m * config->moves; i++) w.kept[i] = clip(config, 0.0f);
   for (int32_t i = 0; i < (config->output_past + config->last) * p; i++) w.outputs[i] = y[i % p];
+  for (int32_t k = 0; k < p; k++) w.foreseen[k] = y[k], w.bias[k] = 0.0f;
 }
 
 /* Control i of the j-th tick ahead, j from 1 */
@@ -102,7 +106,7 @@ static void roll(const ns_mpc_config *c, const Layout *w, const float *plan) {
       memcpy(x + d * p, w->outputs + (c->output_past + j - 2 - d) * p, (size_t)p * sizeof *x);
     const float *y =
         ns_dense_forward(c->net, (past + 1) * m, c->output_past * p, x, w->pushed, w->values + (j - 1) * w->units);
-    memcpy(w->outputs + (c->output_past + j - 1) * p, y, (size_t)p * sizeof *y);
+    for (int32_t k = 0; k < p; k++) w->outputs[(c->output_past + j - 1) * p + k] = y[k] + w->bias[k];
   }
 }
 
@@ -217,11 +221,17 @@ static void differences(const ns_mpc_config *c, const Layout *w) {
   }
 }
 
+/* Keeps what the plan that was rolled out last foresees for the next tick. */
+static void keep(const ns_mpc_config *c, const Layout *w) {
+  memcpy(w->next, w->outputs + c->output_past * c->outputs, (size_t)c->outputs * sizeof(float));
+}
+
 /* Improves `plan` and returns its cost. */
 static float descend(ns_mpc *mpc, const Layout *w, const float *reference, int *halved) {
   const ns_mpc_config *c = mpc->config;
   const int32_t n = c->controls * c->moves;
   roll(c, w, w->plan);
+  keep(c, w);
   float now = cost(c, w, w->plan, reference);
   for (int32_t it = 0; it < c->iterations; it++) {
     if (c->differences) {
@@ -242,6 +252,7 @@ static float descend(ns_mpc *mpc, const Layout *w, const float *reference, int *
     }
     if (!(then < now)) break;
     memcpy(w->plan, w->trial, (size_t)n * sizeof(float));
+    keep(c, w);
     now = then;
   }
   return now;
@@ -255,7 +266,10 @@ float ns_mpc_step(ns_mpc *mpc, const float *y, const float *sensors, const float
   int halved = 0;
   memmove(w.outputs, w.outputs + p, (size_t)((c->output_past - 1) * p) * sizeof(float));
   for (int32_t k = 0; k < p; k++) /* a measurement that is not finite was lost: the one before, still there, stands in */
-    if (y[k] - y[k] == 0.0f) w.outputs[(c->output_past - 1) * p + k] = y[k];
+    if (y[k] - y[k] == 0.0f) {
+      w.outputs[(c->output_past - 1) * p + k] = y[k];
+      w.bias[k] += c->correction * (y[k] - w.foreseen[k]);
+    }
   const int32_t moving = c->control_past * m + c->output_past * p;
   ns_dense_add(c->net, moving, sensors ? c->sensors : 0, sensors, 0, w.sums);
   for (int32_t start = 0; start < c->starts; start++) {
@@ -269,6 +283,7 @@ float ns_mpc_step(ns_mpc *mpc, const float *y, const float *sensors, const float
     if (start == 0 || found < best) {
       best = found;
       memcpy(w.best, w.plan, (size_t)n * sizeof(float));
+      memcpy(w.foreseen, w.next, (size_t)p * sizeof(float));
     }
     if (best <= c->enough) break;
   }

@@ -21,6 +21,7 @@ typedef struct {
   int32_t starts, iterations, levels;      /* starts, Newton steps each, step lengths 1, factor, factor^2, ... tried */
   int32_t differences;                     /* central differences of width `epsilon` instead of exact derivatives */
   float factor, epsilon, enough;           /* a plan whose cost is at most `enough` needs no further start */
+  float correction;                        /* share of a prediction's error that is added to the next ones; 0 is none */
   float low, high;                         /* saturation of every control */
   float sharpness, range, centre;          /* barrier s, r, b; s = 0 is no barrier */
   const float *q, *lambda;                 /* weights of errors (outputs) and of changes (controls) */

@@ -14,7 +14,18 @@ import numpy as np
 from netsuke.apps.signals.ecg.record import TO_MV, Record
 from netsuke.errors import NetsukeError
 
-FIELDS = (16, 80, 8, 8, 8, 8, 8, 80, 8, 32)  # label, sensor, unit, lowest, highest, digital lowest, highest, filter, count
+FIELDS = (
+    16,
+    80,
+    8,
+    8,
+    8,
+    8,
+    8,
+    80,
+    8,
+    32,
+)  # label, sensor, unit, lowest, highest, digital lowest, highest, filter, count
 MOST = 256
 
 
@@ -43,7 +54,9 @@ def read_edf(path: Path) -> Record:
     seconds, rows = number(head[244:252], "duration", ask), int(number(head[236:244], "number of data records", ask))
     size = 256 * (1 + count)
     if not 1 <= count <= MOST or seconds <= 0 or len(text) < size:
-        raise NetsukeError(ask, f"{count} channels of {seconds:g} s in {file_size} bytes", f"1 to {MOST} whole channels")
+        raise NetsukeError(
+            ask, f"{count} channels of {seconds:g} s in {file_size} bytes", f"1 to {MOST} whole channels"
+        )
     table, at = [], 256
     for width in FIELDS:
         table.append([text[at + i * width : at + (i + 1) * width] for i in range(count)])
@@ -58,7 +71,9 @@ def read_edf(path: Path) -> Record:
         raise NetsukeError(ask, f"{whole} whole data records, the header promises {rows}", "the whole file")
     chosen = [i for i in range(count) if units[i] in TO_MV and "annotation" not in labels[i].lower()]
     if not chosen:
-        raise NetsukeError(ask, f"no channel is a voltage ({', '.join(sorted(set(units)))})", "channels in V, mV, uV, nV")
+        raise NetsukeError(
+            ask, f"no channel is a voltage ({', '.join(sorted(set(units)))})", "channels in V, mV, uV, nV"
+        )
     rate = max({samples[i] for i in chosen}, key=lambda s: (sum(samples[i] == s for i in chosen), s))
     chosen = [i for i in chosen if samples[i] == rate]
     signals = voltages(path, size, whole, samples, chosen)
@@ -66,7 +81,9 @@ def read_edf(path: Path) -> Record:
     for i in chosen:
         low, high, bottom, top = (number(table[k][i], "range", ask) for k in (3, 4, 5, 6))
         if high == low or top == bottom:
-            raise NetsukeError(ask, f"channel {labels[i]} has no range ({low:g} to {high:g})", "a lowest and a highest value")
+            raise NetsukeError(
+                ask, f"channel {labels[i]} has no range ({low:g} to {high:g})", "a lowest and a highest value"
+            )
         slope = (high - low) / (top - bottom) * TO_MV[units[i]]
         gain.append(1 / slope)
         zero.append(bottom - low * TO_MV[units[i]] / slope)

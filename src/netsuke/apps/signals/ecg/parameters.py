@@ -92,7 +92,7 @@ def corrected(qt: Value, rr: float) -> dict[str, Value]:
 
 
 def form(part: np.ndarray) -> str:
-    """"+", "-", "+-", "-+" of a P or T (n,) mV above its baseline; lobes below 0.05 mV are ignored; "flat" if all are."""
+    """ "+", "-", "+-", "-+" of a P or T (n,) mV above its baseline; lobes below 0.05 mV are ignored; "flat" if all are."""
     high, low = int(np.argmax(part)), int(np.argmin(part))
     lobes = sorted((at, sign) for at, sign, v in ((high, "+", part[high]), (low, "-", -part[low])) if v >= LOBE)
     return "".join(sign for _, sign in lobes) or "flat"

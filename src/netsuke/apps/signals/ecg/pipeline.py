@@ -206,7 +206,9 @@ def merged(rows: list[dict[str, Value]]) -> dict[str, Value]:
         if len(lack) > len(have):
             rank = min(rank, 1)
         spreads = [v.plus_minus for v in have if v.plus_minus is not None]
-        reason = f"missing in {len(lack)} of {len(rows)} stretches: {Counter(lack).most_common(1)[0][0]}" if lack else ""
+        reason = (
+            f"missing in {len(lack)} of {len(rows)} stretches: {Counter(lack).most_common(1)[0][0]}" if lack else ""
+        )
         out[name] = Value(
             float(np.median([v.value for v in have])), unit, GRADES[rank], sum(v.beats for v in have),
             float(np.median(spreads)) if spreads else None, reason,

@@ -54,7 +54,9 @@ def read_numpy(path: Path, rate: float | None, unit: str | None) -> Record:
     try:
         got = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
-        raise NetsukeError(ask, str(e).splitlines()[0] or "it is no NumPy file", "numbers saved by numpy.save") from None
+        raise NetsukeError(
+            ask, str(e).splitlines()[0] or "it is no NumPy file", "numbers saved by numpy.save"
+        ) from None
     if isinstance(got, np.ndarray):
         return of_array(got, rate, unit=unit or "mV", name=path.name)
     try:
@@ -83,13 +85,17 @@ def read_json(path: Path, rate: float | None, unit: str | None) -> Record:
     leads: Any = got.get("leads") or {"lead": got.get("samples") or got.get("ecg") or got.get("values")}
     if not isinstance(leads, dict) or not all(isinstance(v, list) for v in leads.values()):
         raise NetsukeError(ask, "it has neither leads nor samples", '{"fs": 250, "samples": [...]}')
-    return of_array(rows_of(list(leads.values()), ask), rate or fs, tuple(leads), unit or got.get("unit", "mV"), path.name)
+    return of_array(
+        rows_of(list(leads.values()), ask), rate or fs, tuple(leads), unit or got.get("unit", "mV"), path.name
+    )
 
 
 def rows_of(columns: list[list[Any]], ask: str) -> np.ndarray:
     """Lists of numbers (None: missing) of one length -> (leads, N) float64."""
     if len({len(c) for c in columns}) != 1:
-        raise NetsukeError(ask, f"its leads have {', '.join(str(len(c)) for c in columns[:4])} samples", "equal lengths")
+        raise NetsukeError(
+            ask, f"its leads have {', '.join(str(len(c)) for c in columns[:4])} samples", "equal lengths"
+        )
     try:
         return np.array([[np.nan if v is None else float(v) for v in c] for c in columns])
     except (TypeError, ValueError):

@@ -102,7 +102,7 @@ def of_array(
 
 
 def counts_per_mv(unit: str, ask: str) -> float:
-    """"uV" -> 1000, "200/mV" -> 200. Raises NetsukeError for anything else."""
+    """ "uV" -> 1000, "200/mV" -> 200. Raises NetsukeError for anything else."""
     text = unit.strip().lower()
     if text in TO_MV:
         return 1 / TO_MV[text]

@@ -83,6 +83,15 @@ def ludb(lead: str) -> list[Marked]:
         sex, text = about[k + 1]
         x = (signal[k, i] - float(base[k, i])) / float(gain[k, i])
         out.append(
-            Marked(str(k + 1), lead, k + 1, x, fs, rows[np.argsort(rows[:, 2], kind="stable")], sex, bool(AV_BLOCK.search(text)))
+            Marked(
+                str(k + 1),
+                lead,
+                k + 1,
+                x,
+                fs,
+                rows[np.argsort(rows[:, 2], kind="stable")],
+                sex,
+                bool(AV_BLOCK.search(text)),
+            )
         )
     return out

@@ -11,6 +11,8 @@ Everything else, choices that fail included, is as released: it stands beside th
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from netsuke.apps.signals.ecg.network import Marks
@@ -98,7 +100,7 @@ def wave_peak(beat: np.ndarray, w: np.ndarray, start: int, stop: int, share: flo
     if part[0] > 0:
         at = [0, *at]
     best, height = None, -1.0
-    for a, b in zip(at, at[1:]):
+    for a, b in itertools.pairwise(at):
         if part[a] * part[b] >= 0:
             continue
         cross = a + int(np.flatnonzero(np.diff(np.sign(part[a : b + 1])) != 0)[0])

@@ -27,7 +27,9 @@ def normal(rr: np.ndarray) -> np.ndarray:
     padded = np.pad(rr, 5, mode="reflect") if len(rr) > 5 else np.concatenate((rr, rr, rr))
     width = 11 if len(rr) > 5 else len(rr)
     views = np.lib.stride_tricks.sliding_window_view(padded, width)[: len(rr)]
-    pieces = [np.median(views[k : k + 10_000], axis=1) for k in range(0, len(rr), 10_000)]  # the median copies its input
+    pieces = [
+        np.median(views[k : k + 10_000], axis=1) for k in range(0, len(rr), 10_000)
+    ]  # the median copies its input
     around = np.concatenate(pieces) if pieces else rr
     return (rr > PLAUSIBLE[0]) & (rr < PLAUSIBLE[1]) & (np.abs(rr - around) < JUMP * around)
 
