@@ -22,10 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from netsuke.apps.signals.ecg import network
+from netsuke.apps.signals.ecg.reference import FOLDS
 from netsuke.data.catalogue import find
 
 HERE = Path(__file__).parent
-FOLDS, CHANNELS, BATCH, STEPS, RATE, DECAY, AVERAGE = 5, 16, 48, 1500, 4e-3, 1e-3, 0.99
+CHANNELS, BATCH, STEPS, RATE, DECAY, AVERAGE = 16, 48, 1500, 4e-3, 1e-3, 0.99
 MIX = 0.3  # share of examples in a direction between leads I and II
 SIGMA = torch.tensor([3, 3, 3, 2, 2, 4, 3, 3.0])  # samples: how far the cardiologists themselves scatter, roughly
 COARSE = torch.from_numpy(network.COARSE).float()

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from netsuke.apps.signals.ecg import wfdb
-from netsuke.apps.signals.ecg.delineate import delineate
-from netsuke.apps.signals.ecg.parameters import MS, PARTS, QTC
+from netsuke.apps.signals.ecg.parameters import QTC, gap
+from netsuke.apps.signals.ecg.pipeline import blocks, merged, segments
+from netsuke.apps.signals.ecg.record import of_array
 from netsuke.apps.signals.ecg.reference import AV_BLOCK, INTERVALS, Marked
+from netsuke.apps.signals.ecg.screening import LONG_QT
 from netsuke.errors import NetsukeError
 
 DRAWS = 2000
 HIT = 0.15  # s: a peak within it of a marked one has found it (ANSI/AAMI EC57)
-LONG_QTC = {"M": 450.0, "F": 470.0, "": 460.0}
 
 
 def auc(score: np.ndarray, positive: np.ndarray) -> float:
@@ -31,6 +32,13 @@ def auc(score: np.ndarray, positive: np.ndarray) -> float:
     if not len(above) or not len(below):
         return float("nan")
     return float(np.mean((above[:, None] > below) + 0.5 * (above[:, None] == below)))
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of (N,) and (N,); NaN where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else float("nan")
 
 
 def bootstrap(f: Callable[[np.ndarray], float], size: int, seed: int = 0) -> tuple[float, float]:
@@ -58,8 +66,8 @@ def agreement(found: np.ndarray, wanted: np.ndarray, plus_minus: np.ndarray | No
         "mae": float(np.abs(error).mean()), "median": float(np.median(np.abs(error))), "mae_with_failures": float(cost.mean()),
         "mae_interval": bootstrap(lambda i: np.abs(error[i]).mean(), len(error)),
         "bias": bias, "limits": (bias - 1.96 * spread, bias + 1.96 * spread), "floor_mae": float(floor.mean()),
-        "r": float(np.corrcoef(found[both], wanted[both])[0, 1]),
-        "r_interval": bootstrap(lambda i: np.corrcoef(found[both][i], wanted[both][i])[0, 1], len(error)),
+        "r": pearson(found[both], wanted[both]),
+        "r_interval": bootstrap(lambda i: pearson(found[both][i], wanted[both][i]), len(error)),
     }  # fmt: skip
     if plus_minus is not None and np.isfinite(plus_minus[both]).all():
         out["within_plus_minus"] = float(np.mean(np.abs(error) <= plus_minus[both]))
@@ -79,13 +87,14 @@ def matched(found: np.ndarray, wanted: np.ndarray, fs: float) -> tuple[int, int,
 
 def measured(m: Marked, method: str, weights: str) -> dict[str, np.ndarray | tuple[int, int, int]]:
     """PR, QRS, QT in ms (NaN: refused), their plus_minus, RR in s, and the R peaks' counts of one marked lead."""
-    d = delineate(m.x, m.fs, method, weights)
-    spans = [PARTS[k] for k in INTERVALS]
-    values = np.array([(d.marks[b] - d.marks[a]) * MS for a, b in spans])
-    spread = np.array([np.hypot(d.spread[b], d.spread[a]) * MS for a, b in spans])
-    rr = d.beat.rr if d.beat is not None else np.nan
-    counts = matched(d.peaks * m.fs / 250, m.r, m.fs)
-    return {"values": values, "plus_minus": spread, "rr": np.array(rr), "peaks": counts}
+    record = of_array(m.x, m.fs, (m.lead,), name=m.name)
+    found = list(segments(blocks(record, 0), m.fs, method, weights))
+    values = merged([s.values for s in found])
+    r = np.concatenate([s.r for s in found])
+    answers = [values.get(k, gap("")) for k in (*INTERVALS, "RR used")]
+    numbers = np.array([np.nan if v.value is None else float(v.value) for v in answers])
+    spread = np.array([np.nan if v.plus_minus is None else v.plus_minus for v in answers[:3]])
+    return {"values": numbers[:3], "plus_minus": spread, "rr": numbers[3], "peaks": matched(r * m.fs, m.r, m.fs)}
 
 
 def table(rows: list[Marked], answers: list[np.ndarray], spreads: list[np.ndarray] | None = None) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def table(rows: list[Marked], answers: list[np.ndarray], spreads: list[np.ndarra
         block = np.array([bool(m.av_block) for m in rows])[known]
         out["AV block"] = screened(got[known, 0], block) | {"by_marks": auc(want[known, 0], block)}
     usable = np.isfinite(want[:, 2]) & np.isfinite(want[:, 3])
-    limit = np.array([LONG_QTC[m.sex] for m in rows])[usable]
+    limit = np.array([LONG_QT[m.sex] for m in rows])[usable]
     long_qt = bazett(want[usable, 2], want[usable, 3]) > limit
     out["long QTc"] = screened(bazett(got[usable, 2], got[usable, 3]) - limit, long_qt)
     return out

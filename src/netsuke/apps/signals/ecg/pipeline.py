@@ -128,7 +128,9 @@ def segments(
             values = dict.fromkeys(parameters.PARTS, gap(d.reasons["QRS"], "ms"))
             values |= parameters.corrected(values["QT"], math.nan)
         else:
-            values = parameters.intervals(d.marks, d.spread, d.beat.rr, int(d.beat.used.sum()), d.reasons, d.flags)
+            values = parameters.intervals(
+                d.marks, d.spread, d.beat.rr, int((d.beat.used & keep).sum()), d.reasons, d.flags
+            )
         why = [w for w, k in zip(d.beat_reasons, keep) if k]
         marks = block.start + d.per_beat[keep] / RATE
         yield Segment(block.keep_from, block.keep_to, r[keep], marks, why, values, d.flags, d)

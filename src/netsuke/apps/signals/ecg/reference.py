@@ -15,6 +15,7 @@ from netsuke.data.catalogue import find
 from netsuke.errors import NetsukeError
 
 LUDB = "featuredb-ecg/ludb_i_ii.npz"
+FOLDS = 5
 INTERVALS = ("PR", "QRS", "QT")
 AV_BLOCK = re.compile(r"(?<![a-z])i degree av.block", re.I)  # not the second or third degree
 
@@ -65,6 +66,11 @@ def diagnoses(folder: Path) -> dict[int, tuple[str, str]]:
 
     with open(folder / "ludb_meta.csv", newline="", encoding="utf-8") as f:
         return {int(r["ID"]): (r["Sex"].strip(), " | ".join(str(v) for v in r.values())) for r in csv.DictReader(f)}
+
+
+def fold_weights(m: Marked) -> str:
+    """The weights that were trained without this person of LUDB (recipes/ecg/train.py)."""
+    return f"fold{m.person % FOLDS}"
 
 
 def ludb(lead: str) -> list[Marked]:
