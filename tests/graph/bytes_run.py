@@ -85,7 +85,7 @@ def random_graph(seed: int, length: int = 14) -> QGraph:
         recent = pool[-3:] if rng.random() < 0.7 else pool
         x = int(rng.choice(recent))
         _grow(g, x, pool, rng)
-    ends = [i for i in pool if not any(i in op.inputs for op in g.ops)]
+    ends = [i for i in pool if g.tensors[i].name != "state" and not any(i in op.inputs for op in g.ops)]
     g.outputs = tuple(ends[: 1 + seed % 3])
     if seed % 4 == 0:
         shape = g.tensors[g.inputs[0]].shape

@@ -9,6 +9,8 @@ import pytest
 
 from netsuke.graph import Interpreter, Op, QGraph, Tensor
 from netsuke.graph.arena import plan_arena
+from netsuke.graph.host import HostProgram
+from netsuke.graph.lower import scratch
 from netsuke.graph.packing import Span, live_bytes, pack
 from netsuke.graph.read.npz import read_npz
 from tests.graph.bytes_run import convolve, image, inputs_of, random_graph, run_in_bytes
@@ -24,7 +26,7 @@ def some_scratch(graph, op):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_run_inside_the_arena_gives_the_interpreters_outputs(in_place):
     shared = 0
-    for seed in range(48):
+    for seed in range(36):
         g = random_graph(seed)
         arena = plan_arena(g, some_scratch, in_place)
         xs = inputs_of(g, seed)
@@ -34,7 +36,18 @@ def test_a_run_inside_the_arena_gives_the_interpreters_outputs(in_place):
         assert all(at % 4 == 0 for at in arena.scratch.values())
         assert arena.lower_bound <= arena.size
         shared += len(arena.taken)
-    assert (shared > 60) == in_place and (in_place or shared == 0)
+    assert (shared > 45) == in_place and (in_place or shared == 0)
+
+
+def test_the_kernels_in_c_work_in_the_bytes_they_share():
+    shared = 0
+    for seed in range(50):
+        g = random_graph(seed, 20)
+        arena, xs = plan_arena(g, scratch), inputs_of(g, seed)
+        for got, expected in zip(HostProgram(g, arena).run(*xs), Interpreter(g).run(*xs)):
+            np.testing.assert_array_equal(got, expected, err_msg=f"seed {seed}")
+        shared += len(arena.taken)
+    assert shared > 150
 
 
 def test_random_graphs_come_near_the_bound():
