@@ -13,7 +13,7 @@ from tests.graph.small import images, residual_network
 
 def built() -> bool:
     try:
-        return hasattr(library(), "ns_conv_update")
+        return hasattr(library(), "ns_merge_channels")
     except NetsukeError:
         return False
 

@@ -5,7 +5,8 @@ The same operators run forward in int8; then come the gradient of the loss by th
 
     1. every operator from the first trained layer on gets its gradient operators; a tensor with two readers gets the sum
     2. what no update needs is dropped: masks, gradients below the first trained layer, weight gradients outside the plan
-    3. of a layer's saved input only the channels that the plan keeps are copied; masks are one bit per element
+    3. of a layer's saved input only the channels that the plan trains are copied; masks are one bit per element; only the
+       trained channels of its weights are in RAM, and are merged into those in flash when the layer is run
     4. an update follows its gradient at once, so that no gradient outlives the layer below it
 
 Inputs: those of the network, label (int32), rate (float32): the learning rate may change from step to step without a new build.
@@ -16,7 +17,7 @@ the step counter that drives the stochastic rounding, are variables.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -112,7 +113,9 @@ class _Builder:
     rule: UpdateRule
     early: bool
     masks: dict[int, int] = field(default_factory=dict)  # operator -> bits
-    saved: dict[int, tuple[int, int]] = field(default_factory=dict)  # operator -> (input, kept channels or -1)
+    saved: dict[int, tuple[int, int, int]] = field(
+        default_factory=dict
+    )  # operator -> (input, variable, channels or -1)
     gradients: dict[int, int] = field(default_factory=dict)  # tensor -> gradient by its codes
     late: list[Op] = field(default_factory=list)
     salt: int = 0
@@ -146,6 +149,9 @@ class _Builder:
             "trains": True,
             "plan": {"n_bias": self.plan.n_bias, "weights": {str(k): v for k, v in self.plan.weights.items()}},
         }
+        g.meta["merged"] = {
+            str(v): [self.base.ops[k].inputs[1], kept] for k, (_, v, kept) in self.saved.items() if kept >= 0
+        }
         return drop_dead(g).check()
 
     def _forward(self, k: int, op: Op) -> None:
@@ -159,6 +165,7 @@ class _Builder:
                 )  # fmt: skip
             if op.kind in LINEAR:
                 self._make_variable(k, op)
+                op = replace(op, inputs=(op.inputs[0], self._weights(k, op), op.inputs[2]))
         g.ops.append(op)
         if k < self.first or op.kind in ("reshape", "avgpool2d"):
             return
@@ -187,18 +194,33 @@ class _Builder:
         b.variable, b.data = True, np.clip(b.data.astype(np.int64), -room, room).astype(np.int32)
         if (ratio := self.ratio.get(k, 0.0)) == 0:
             return
-        w.variable = True
         if ratio == 1:
-            self.saved[k] = op.inputs[0], -1
+            w.variable = True
+            self.saved[k] = op.inputs[0], op.inputs[1], -1
             return
         if w.shape[-1] != x.shape[-1]:
             raise NetsukeError(
                 f"train {self.base.name}", f"the layer {op.name!r} flattens {x.shape}, so its inputs are no channels",
                 "the ratio 1 for it",
             )  # fmt: skip
-        kept = g.constant(f"{op.name}.kept", kept_channels(self.base, op, ratio))
-        picked = Tensor(f"{x.name}.kept", (*x.shape[:-1], g.tensors[kept].size), "int8", x.scale, x.zero)
-        self.saved[k] = g.append("pick_channels", (op.inputs[0], kept), picked), kept
+        channels = kept_channels(self.base, op, ratio)
+        kept = g.constant(f"{op.name}.kept", channels)
+        scale = w.scale[channels] if w.scale.ndim and w.axis == len(w.shape) - 1 else w.scale
+        trained = replace(w, name=f"{w.name}.kept", data=w.data[..., channels].copy(), scale=scale, variable=True)
+        trained.shape = trained.data.shape
+        picked = Tensor(f"{x.name}.kept", (*x.shape[:-1], len(channels)), "int8", x.scale, x.zero)
+        seen = g.append("pick_channels", (op.inputs[0], kept), picked)
+        self.saved[k] = seen, g.add(trained), kept
+
+    def _weights(self, k: int, op: Op) -> int:
+        """The weights that a layer reads. Merged ones have four bytes to spare behind them, as constants have."""
+        g, w = self.g, op.inputs[1]
+        if k not in self.saved or (channels := self.saved[k][2]) < 0:
+            return w
+        t = g.tensors[w]
+        room = g.add(Tensor(f"{t.name}.room", (t.size + 4,), "int8"))
+        merged = replace(t, name=f"{t.name}.merged", data=None, view=(room, 0))
+        return g.append("merge_channels", (w, self.saved[k][1], channels), merged)
 
     def _backward(self, k: int, op: Op) -> None:
         g = self.g
@@ -233,19 +255,20 @@ class _Builder:
         geo = {"stride": op.attrs.get("stride", (1, 1)), "pad": op.attrs.get("pad", (0, 0, 0, 0))}
         depthwise = op.kind == "depthwise2d"
         kind = "depthwise_gradient" if depthwise else "conv_gradient"
-        self._collect(op.inputs[0], g.append(kind, (conv, op.inputs[1]), _like(x), **geo))
+        self._collect(op.inputs[0], g.append(kind, (conv, self._weights(k, op)), _like(x), **geo))
         updates = self.late if not self.early else g.ops
         w_factor, b_factor = (f.astype(np.float32) for f in qas(self.base, op))
         if not self.rule.scaled:
             w_factor = b_factor = np.ones_like(w_factor)
         if k in self.saved:
-            seen, kept = self.saved[k]
+            seen, trained, kept = self.saved[k]
+            if depthwise and kept >= 0:
+                w_factor = w_factor[g.tensors[kept].data]
             s = g.constant(f"{op.name}.weight.s", w_factor)
-            inputs = (conv, seen, op.inputs[1], kept, s, self.rate, self.step)
-            attrs = geo | self._rounding()
-            updates.append(
-                Op("depthwise_update" if depthwise else "conv_update", inputs, (op.inputs[1],), attrs, f"{op.name}.weight")
-            )  # fmt: skip
+            channels = (kept,) if depthwise else ()
+            inputs = (conv, seen, trained, *channels, s, self.rate, self.step)
+            kind = "depthwise_update" if depthwise else "conv_update"
+            updates.append(Op(kind, inputs, (trained,), geo | self._rounding(), f"{op.name}.weight"))
         s = g.constant(f"{op.name}.bias.s", b_factor)
         room = int(np.min(largest_bias(Tensor("", g.tensors[op.inputs[1]].shape, variable=True), op.kind)))
         attrs = {"room": room} | self._rounding()
@@ -291,6 +314,19 @@ def drop_dead(graph: QGraph) -> QGraph:
     return out
 
 
+def trained_constants(graph: QGraph, variables: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Variables of a training graph, by tensor, as values of the constants of the network that it was made from."""
+    out = {}
+    for index, values in variables.items():
+        if (merged := graph.meta["merged"].get(str(index))) is None:
+            out[index] = values.copy()
+            continue
+        weights, kept = merged
+        out[weights] = graph.tensors[weights].data.copy()
+        out[weights][..., graph.tensors[kept].data] = values
+    return out
+
+
 class ReferenceTraining:
     """Runs a training graph in NumPy and keeps its variables between the steps."""
 
@@ -312,4 +348,5 @@ class ReferenceTraining:
         return logits, float(chance[0])
 
     def variables(self) -> dict[str, np.ndarray]:
+        """By name; the trained channels of a layer's weights end in ".kept"."""
         return {t.name: t.data for t in self.graph.tensors if t.variable}

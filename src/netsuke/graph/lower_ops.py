@@ -52,7 +52,7 @@ def _weights(lowering: Lowering, op: Op, by_channel: bool = False) -> Pointer:
     first, as those of a convolution of one input channel."""
     index = op.inputs[1]
     t = lowering.graph.tensors[index]
-    if t.dtype == "float32" or t.variable:
+    if t.dtype == "float32" or t.variable or t.data is None:
         return lowering.tensor(index)
     swap = op.kind == "depthwise2d" and (by_channel or t.dtype == "int4")
 

@@ -53,9 +53,16 @@ def _gradient(lowering: Lowering, op: Op) -> None:
 
 
 def _update(lowering: Lowering, op: Op) -> None:
-    x, w = (lowering.graph.tensors[op.inputs[k]] for k in (1, 2))
-    params = dict(zip(_GEOMETRY, update_geometry(lowering.graph, op)))
-    _call(lowering, op, params | {"zx": x.zero, "row": w.shape[-1]} | _rounding(op), outputs=False)
+    g, x = (lowering.graph.tensors[op.inputs[k]] for k in (0, 1))
+    params = dict(zip(_GEOMETRY, update_geometry(lowering.graph, op))) | {"zx": x.zero} | _rounding(op)
+    if op.kind == "depthwise_update":
+        params["row"] = g.shape[-1]
+    _call(lowering, op, params, outputs=False)
+
+
+def _merge_channels(lowering: Lowering, op: Op) -> None:
+    w, kept = (lowering.graph.tensors[i] for i in op.inputs[:2])
+    _call(lowering, op, {"rows": w.size // w.shape[-1], "c": w.shape[-1], "kept": kept.shape[-1]})
 
 
 def _bias_update(lowering: Lowering, op: Op) -> None:
@@ -78,5 +85,5 @@ RULES = {
     "clip_mask": Rule(_clip_mask), "pick_channels": Rule(_pick_channels), "loss_gradient": Rule(_loss_gradient),
     "clip_gradient": Rule(_clip_gradient), "pool_gradient": Rule(_pool_gradient), "conv_gradient": Rule(_gradient),
     "depthwise_gradient": Rule(_gradient), "conv_update": Rule(_update), "depthwise_update": Rule(_update),
-    "bias_update": Rule(_bias_update), "count_step": Rule(_count_step),
+    "bias_update": Rule(_bias_update), "merge_channels": Rule(_merge_channels), "count_step": Rule(_count_step),
 }  # fmt: skip

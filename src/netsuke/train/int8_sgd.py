@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from netsuke.errors import NetsukeError
-from netsuke.graph.differentiate import UpdateRule, training_graph, with_head
+from netsuke.graph.differentiate import UpdateRule, trained_constants, training_graph, with_head
 from netsuke.graph.ir import QGraph
 from netsuke.graph.simulate import Simulation, suffix
 from netsuke.graph.update_plan import UpdatePlan, first_op, head, kept_channels, layers, qas
@@ -255,7 +255,8 @@ def on_chip(
     base = with_head(graph, classes)
     tail = suffix(base, start)
     plan_of_tail = _shifted(base, plan, start)
-    program = HostProgram(training_graph(tail, plan_of_tail, classes, rule or UpdateRule()))
+    compiled = training_graph(tail, plan_of_tail, classes, rule or UpdateRule())
+    program = HostProgram(compiled)
     rng, losses, done = np.random.default_rng(order_seed), [], 0
     for _ in range(epochs):
         total = 0.0
@@ -269,9 +270,9 @@ def on_chip(
         if on_epoch:
             on_epoch(len(losses) - 1, losses[-1])
     out = base.copy()
-    for index, values in program.variables().items():
-        if index < len(out.tensors):
-            out.tensors[index].data = values.copy()
+    for index, values in trained_constants(compiled, program.variables()).items():
+        if index < len(out.tensors):  # all but the step counter
+            out.tensors[index].data = values
     return OnChip(losses, out)
 
 

@@ -165,8 +165,8 @@ NS_INLINE int8_t changed(int8_t w, int32_t delta, int32_t truncate) {
   return truncate ? (int8_t)(uint8_t)((uint32_t)v & 255u) : (int8_t)ns_clip(v, -127, 127);
 }
 
-void ns_conv_update(const ns_conv_update_params *p, const float *g, const int8_t *x, int8_t *w, const int32_t *channels,
-                    const float *s, const float *rate, const uint32_t *step) {
+void ns_conv_update(const ns_conv_update_params *p, const float *g, const int8_t *x, int8_t *w, const float *s,
+                    const float *rate, const uint32_t *step) {
   const int32_t c = p->c, o = p->o, taps = p->kh * p->kw, pointwise = taps == 1 && p->sy == 1 && p->sx == 1 && !p->top && !p->left;
   const uint32_t start = first_number(p->key, step);
   for (int32_t k = 0; k < o; k += 4)
@@ -191,9 +191,8 @@ void ns_conv_update(const ns_conv_update_params *p, const float *g, const int8_t
         for (int32_t r = 0; r < rows; r++) {
           const float scale = *rate * s[k + r];
           for (int32_t j = 0; j < columns; j++) {
-            const int32_t row = (k + r) * taps + tap;
-            int8_t *code = w + row * p->row + (channels == NULL ? i + j : channels[i + j]);
-            *code = changed(*code, change(scale * a[r * 4 + j], start, (uint32_t)(row * c + i + j), p->truncate), p->truncate);
+            const int32_t at = ((k + r) * taps + tap) * c + i + j;
+            w[at] = changed(w[at], change(scale * a[r * 4 + j], start, (uint32_t)at, p->truncate), p->truncate);
           }
         }
       }
@@ -214,10 +213,17 @@ void ns_depthwise_update(const ns_depthwise_update_params *p, const float *g, co
           a += g[(oy * p->ow + ox) * p->row + at] * (float)(x[(iy * p->w + ix) * p->c + i] - p->zx);
         }
       }
-      int8_t *code = w + tap * p->row + at;
-      const float v = *rate * s[at] * a;
-      *code = changed(*code, change(v, start, (uint32_t)(tap * p->c + i), p->truncate), p->truncate);
+      int8_t *code = w + tap * p->c + i;
+      *code = changed(*code, change(*rate * s[i] * a, start, (uint32_t)(tap * p->c + i), p->truncate), p->truncate);
     }
+}
+
+void ns_merge_channels(const ns_merge_channels_params *p, const int8_t *w, const int8_t *trained, const int32_t *channels,
+                       int8_t *y) {
+  for (int32_t r = 0; r < p->rows; r++, w += p->c, y += p->c) {
+    memcpy(y, w, (size_t)p->c);
+    for (int32_t k = 0; k < p->kept; k++) y[channels[k]] = *trained++;
+  }
 }
 
 void ns_bias_update(const ns_bias_update_params *p, const float *g, int32_t *b, const float *s, const float *rate,

@@ -51,16 +51,27 @@ typedef ns_conv_gradient_params ns_depthwise_gradient_params;
 void ns_conv_gradient(const ns_conv_gradient_params *p, const float *g, const int8_t *w, float *y);
 void ns_depthwise_gradient(const ns_depthwise_gradient_params *p, const float *g, const int8_t *w, float *y);
 
-/* x has the c kept channels, whose numbers in a row of `row` weights are in `channels` (NULL: all). key: of the random numbers;
- * truncate: cut toward zero and wrap around. s has a factor per output channel, rate and step are single numbers. */
+/* x and w have the c trained channels. key: of the random numbers; truncate: cut toward zero and wrap around. s has a factor per
+ * output channel (depthwise: per trained channel), rate and step are single numbers. */
+typedef struct {
+  int32_t h, w, c, oh, ow, o, kh, kw, sy, sx, top, left, zx, key, truncate;
+} ns_conv_update_params;
+void ns_conv_update(const ns_conv_update_params *p, const float *g, const int8_t *x, int8_t *w, const float *s,
+                    const float *rate, const uint32_t *step);
+
+/* g has `row` channels, of which `channels` (NULL: all) are trained. */
 typedef struct {
   int32_t h, w, c, oh, ow, o, kh, kw, sy, sx, top, left, zx, row, key, truncate;
-} ns_conv_update_params;
-typedef ns_conv_update_params ns_depthwise_update_params;
-void ns_conv_update(const ns_conv_update_params *p, const float *g, const int8_t *x, int8_t *w, const int32_t *channels,
-                    const float *s, const float *rate, const uint32_t *step);
+} ns_depthwise_update_params;
 void ns_depthwise_update(const ns_depthwise_update_params *p, const float *g, const int8_t *x, int8_t *w,
                          const int32_t *channels, const float *s, const float *rate, const uint32_t *step);
+
+/* y = w, rows of c, with the columns `channels` taken from `trained`, rows of kept. */
+typedef struct {
+  int32_t rows, c, kept;
+} ns_merge_channels_params;
+void ns_merge_channels(const ns_merge_channels_params *p, const int8_t *w, const int8_t *trained, const int32_t *channels,
+                       int8_t *y);
 
 typedef struct {
   int32_t rows, o, room, key, truncate;

@@ -12,8 +12,10 @@ clip_gradient       g, bits or none, e float32 (C) or (1) -> g e where the bit i
 pool_gradient       g (1, 1, 1, C) -> (1, H, W, C), g times attrs["factor"]
 conv_gradient       g (1, OH, OW, O), w -> gradient of the input: sum over ky, kx, then o, of g w
 depthwise_gradient  g (1, OH, OW, C), w (KH, KW, C) -> sum over ky, kx of g w
-conv_update         g, x (kept channels), w, channels or none, s float32 (O), rate (1), step -> w
-depthwise_update    the same, w (KH, KW, C): a = sum over oy, ox of (x - zero) g;  w <- clip(w - round(rate s a), -127, 127)
+conv_update         g, x, w (O, KH, KW, c), s float32 (O), rate (1), step -> w; x and w have the trained channels only
+depthwise_update    g, x, w (KH, KW, c), channels of g or none, s (c), rate, step -> w
+                    both: a = sum over oy, ox of (x - zero) g;  w <- clip(w - round(rate s a), -127, 127)
+merge_channels      w int8, kept int8 (its trained channels), channels -> w with these channels in place, for a layer to read
 bias_update         g, b, s, rate, step -> b: a = sum over oy, ox of g;  b <- clip(b - round(rate s a), -room, room)
 count_step          step uint32 (1) -> step + 1
 
@@ -155,8 +157,7 @@ def _reach(n: int, outs: int, tap: int, stride: int, before: int) -> tuple[slice
 def update_geometry(graph: QGraph, op: Op) -> tuple[int, ...]:
     """`geometry` of an update, where c counts the channels that are trained."""
     x, w = graph.tensors[op.inputs[1]], graph.tensors[op.inputs[2]]
-    kept = w.shape[-1] if op.inputs[3] < 0 else graph.tensors[op.inputs[3]].size
-    return geometry(x.shape, (*w.shape[:-1], kept), op.kind == "depthwise_update", op)
+    return geometry(x.shape, w.shape, op.kind == "depthwise_update", op)
 
 
 def windows(graph: QGraph, op: Op, x: Array) -> tuple[Array, tuple[int, ...]]:
@@ -192,21 +193,21 @@ def depthwise_weight_gradient(graph: QGraph, op: Op, g: Array, x: Array) -> Arra
 
 
 def conv_update(graph: QGraph, op: Op, args: list[Array | None]) -> tuple[Array, ...]:
-    g, x, w, channels, s, rate, step = args
+    g, x, w, s, rate, step = args
     a = conv_weight_gradient(graph, op, g, x)
     delta = change(op, a, np.broadcast_to(s[:, None, None, None], a.shape), rate, step)
-    kept = slice(None) if channels is None else channels
-    out, delta = w.copy(), delta.reshape(*w.shape[:-1], a.shape[-1])
-    out[..., kept] = _stored(op, out[..., kept], delta, 127)
-    return (out,)
+    return (_stored(op, w, delta.reshape(w.shape), 127),)
 
 
 def depthwise_update(graph: QGraph, op: Op, args: list[Array | None]) -> tuple[Array, ...]:
-    g, x, w, channels, s, rate, step = args
-    kept = slice(None) if channels is None else channels
+    g, x, w, _, s, rate, step = args
     a = depthwise_weight_gradient(graph, op, g, x)
-    out = w.copy()
-    out[..., kept] = _stored(op, out[..., kept], change(op, a, np.broadcast_to(s[kept], a.shape), rate, step), 127)
+    return (_stored(op, w, change(op, a, np.broadcast_to(s, a.shape), rate, step), 127),)
+
+
+def merge_channels(graph: QGraph, op: Op, args: list[Array | None]) -> tuple[Array, ...]:
+    out = args[0].copy()
+    out[..., args[2]] = args[1]
     return (out,)
 
 
@@ -274,13 +275,25 @@ def _gradient_shape(graph: QGraph, op: Op) -> str | None:
 
 
 def _update_shape(graph: QGraph, op: Op) -> str | None:
-    g, x, w, s = (graph.tensors[op.inputs[k]] for k in (0, 1, 2, 4))
+    g, x, w = (graph.tensors[op.inputs[k]] for k in (0, 1, 2))
     h, wide, c, oh, ow, *_ = update_geometry(graph, op)
-    outs = w.shape[-1] if op.kind == "depthwise_update" else w.shape[0]
     if op.outputs[0] != op.inputs[2] or not w.variable:
         return "it does not update a variable in place"
-    fits = h * wide * c == x.size and s.size == outs and oh * ow * outs == g.size
-    return None if fits else f"{g.shape}, {x.shape} for {w.shape}"
+    if op.kind == "conv_update":
+        fits, outs = graph.tensors[op.inputs[3]].size == w.shape[0], w.shape[0]
+    else:
+        kept = graph.tensors[op.inputs[3]].size if op.inputs[3] >= 0 else g.shape[-1]
+        fits, outs = graph.tensors[op.inputs[4]].size == kept == w.shape[-1], g.shape[-1]
+    return (
+        None if fits and h * wide * c == x.size and oh * ow * outs == g.size else f"{g.shape}, {x.shape} for {w.shape}"
+    )
+
+
+def _merge_shape(graph: QGraph, op: Op) -> str | None:
+    w, kept, channels, y = (graph.tensors[i] for i in (*op.inputs, *op.outputs))
+    inside = channels.constant and channels.data.min() >= 0 and channels.data.max() < w.shape[-1]
+    fits = y.shape == w.shape and kept.shape == (*w.shape[:-1], channels.size)
+    return None if inside and fits else f"it puts {kept.shape} into {w.shape} for {y.shape}"
 
 
 def _bias_shape(graph: QGraph, op: Op) -> str | None:
@@ -293,7 +306,7 @@ def _bias_shape(graph: QGraph, op: Op) -> str | None:
 _SHAPES = {
     "clip_mask": _mask_shape, "pick_channels": _pick_shape, "clip_gradient": _clip_shape, "conv_gradient": _gradient_shape,
     "depthwise_gradient": _gradient_shape, "conv_update": _update_shape, "depthwise_update": _update_shape,
-    "bias_update": _bias_shape,
+    "bias_update": _bias_shape, "merge_channels": _merge_shape,
 }  # fmt: skip
 
 
@@ -304,16 +317,14 @@ def _gradient_macs(graph: QGraph, op: Op) -> int:
 
 
 def _update_macs(graph: QGraph, op: Op) -> int:
-    _, _, c, oh, ow, *_ = update_geometry(graph, op)
-    w = graph.tensors[op.inputs[2]]
-    return oh * ow * (w.size // w.shape[-1]) * c
+    _, _, _, oh, ow, *_ = update_geometry(graph, op)
+    return oh * ow * graph.tensors[op.inputs[2]].size
 
 
 def _first(graph: QGraph, op: Op) -> tuple[int, ...]:
     return (0,)
 
 
-_WEIGHT = _types("float32", "int8", "int8", "int32?", "float32", "float32", "uint32")
 KINDS = {
     "clip_mask": Kind(clip_mask, _types("int8")),
     "pick_channels": Kind(pick_channels, _types("int8", "int32")),
@@ -322,8 +333,11 @@ KINDS = {
     "pool_gradient": Kind(pool_gradient, _types("float32")),
     "conv_gradient": Kind(conv_gradient, _types("float32", "int8"), _gradient_macs),
     "depthwise_gradient": Kind(depthwise_gradient, _types("float32", "int8"), _gradient_macs),
-    "conv_update": Kind(conv_update, _WEIGHT, _update_macs),
-    "depthwise_update": Kind(depthwise_update, _WEIGHT, _update_macs),
+    "conv_update": Kind(conv_update, _types("float32", "int8", "int8", "float32", "float32", "uint32"), _update_macs),
+    "depthwise_update": Kind(
+        depthwise_update, _types("float32", "int8", "int8", "int32?", "float32", "float32", "uint32"), _update_macs
+    ),
+    "merge_channels": Kind(merge_channels, _types("int8", "int8", "int32")),
     "bias_update": Kind(bias_update, _types("float32", "int32", "float32", "float32", "uint32")),
     "count_step": Kind(count_step, _types("uint32")),
 }
