@@ -14,8 +14,9 @@ TYPES = {"int32_t": ctypes.c_int32, "float": ctypes.c_float}
 _STRUCT = re.compile(r"typedef struct \{([^}]*)\} (ns_\w+)_params;")
 _ALIAS = re.compile(r"typedef (ns_\w+)_params (ns_\w+)_params;")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
-_DEFINED = re.compile(r"^(?:NS_HOT )?void (ns_\w+)\(const \w+_params \*", re.MULTILINE)
+_DEFINED = re.compile(r"^void (ns_\w+)\(const \w+_params \*", re.MULTILINE)
 _INCLUDED = re.compile(r'#include "(\w+\.h)"')
+_CALLED = re.compile(r"\b(ns_\w+)\(")
 
 
 @cache
@@ -44,12 +45,16 @@ def defined_in() -> dict[str, str]:
 
 
 def sources(functions: set[str]) -> list[str]:
-    """The files of `kernels/` that a program calling these kernels needs: C sources and the headers that they include."""
+    """The files of `kernels/` that a program calling these kernels needs: C sources, those of kernels that they call, and
+    the headers that they include."""
     files = {defined_in()[name] for name in functions}
     waiting = list(files)
     while waiting:
-        for header in _INCLUDED.findall((KERNELS / waiting.pop()).read_text()):
-            if header not in files:
-                files.add(header)
-                waiting.append(header)
+        source = waiting.pop()
+        text = _COMMENT.sub("", (KERNELS / source).read_text())
+        needed = set(_INCLUDED.findall(text))
+        if source.endswith(".c"):
+            needed |= {defined_in()[name] for name in _CALLED.findall(text) if name in defined_in()}
+        waiting += needed - files
+        files |= needed
     return sorted(files)

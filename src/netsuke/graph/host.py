@@ -15,7 +15,7 @@ from netsuke.graph.arena import plan_arena
 from netsuke.graph.ir import QGraph
 from netsuke.graph.lower import Places, Pointer, lower, scratch
 
-ARGUMENTS = 10  # of a kernel, at most (kernels/host.c)
+ARGUMENTS = 12  # of a kernel, at most (kernels/host.c)
 
 
 class _Call(ctypes.Structure):
@@ -25,21 +25,35 @@ class _Call(ctypes.Structure):
     )  # fmt: skip
 
 
+VECTORS = ("_mcu", "_mcu_avx2", "_mcu_avx512")  # builds of the kernels, by ns_host_vectors()
+
+
 @cache
-def library() -> ctypes.CDLL:
-    """The package's kernels. Raises NetsukeError when they were not built."""
+def library(vectors: int | None = None) -> ctypes.CDLL:
+    """The package's kernels, built for this processor or for the given level of VECTORS.
+
+    Raises NetsukeError when they were not built.
+    """
+    plain = _load(VECTORS[0])
+    best = plain.ns_host_vectors() if vectors is None else vectors
+    return _load(VECTORS[best])
+
+
+def _load(name: str) -> ctypes.CDLL:
     folder = Path(sys.modules["netsuke"].__file__).parent
-    found = [p for p in sorted(folder.glob("_mcu.*")) if p.suffix in (".so", ".dylib", ".dll", ".pyd")]
-    if not found:
-        raise NetsukeError("run the C kernels", "their library _mcu is not built", "", "install the package again")
-    return ctypes.CDLL(str(found[0]))
+    for suffix in (".so", ".dylib", ".dll"):
+        if (path := folder / f"{name}{suffix}").exists():
+            return ctypes.CDLL(str(path))
+    raise NetsukeError("run the C kernels", f"their library {name} is not built", "", "install the package again")
 
 
 class HostProgram:
     """A graph's C program with its memory: one arena, constants, variables and states, which live from run to run."""
 
-    def __init__(self, graph: QGraph, arena: Places | None = None):
-        """`arena` is that of a device; without one, outputs get bytes of their own, with which a processor is faster."""
+    def __init__(self, graph: QGraph, arena: Places | None = None, vectors: int | None = None):
+        """`arena` is that of a device; without one, outputs get bytes of their own, with which a processor is faster.
+        `vectors`: see `library`."""
+        self._library = library(vectors)
         self.graph = graph
         self._places = arena if arena is not None else plan_arena(graph, scratch, in_place=False)
         self.program = lower(graph, self._places)
@@ -50,7 +64,7 @@ class HostProgram:
         self._params = []
         for slot, call in zip(self._calls, self.program.calls):
             self._params.append(structures()[call.function](**call.params))
-            slot.kernel = ctypes.cast(getattr(library(), call.function), ctypes.c_void_p)
+            slot.kernel = ctypes.cast(getattr(self._library, call.function), ctypes.c_void_p)
             slot.params = ctypes.addressof(self._params[-1])
             slot.count = len(call.args)
             for k, pointer in enumerate(call.args):
@@ -93,7 +107,7 @@ class HostProgram:
 
     def step(self) -> None:
         """One run on what lies in the arena."""
-        library().ns_host_run(self._calls, len(self.program.calls))
+        self._library.ns_host_run(self._calls, len(self.program.calls))
         for read, written, size in self.program.states:
             self._arena[read : read + size] = self._arena[written : written + size]
 

@@ -93,9 +93,10 @@ class Rule:
 @cache
 def rules() -> dict[str, Rule]:
     """The rule of every kind of operator that has kernels."""
-    from netsuke.graph import lower_move, lower_ops, lower_train
+    from netsuke.graph import lower_move, lower_ops, lower_recurrent, lower_signal, lower_train
 
-    return {**lower_ops.RULES, **lower_move.RULES, **lower_train.RULES}
+    modules = (lower_ops, lower_move, lower_train, lower_recurrent, lower_signal)
+    return {kind: rule for module in modules for kind, rule in module.RULES.items()}
 
 
 def scratch(graph: QGraph, op: Op) -> int:
@@ -123,7 +124,7 @@ class Lowering:
 
     def __init__(self, graph: QGraph, arena: Places):
         self.graph, self.arena, self.program, self.at = graph, arena, Program(arena=arena.size), 0
-        self._known: dict[tuple[int, str], Pointer] = {}
+        self._known: dict[tuple, Pointer] = {}  # by tensor and form, or by what a table holds
 
     def call(self, function: str, params: dict[str, int | float], *args: Pointer) -> None:
         """Appends a kernel call. Raises ValueError when the parameters are not those of the C structure."""
@@ -156,10 +157,12 @@ class Lowering:
         return self._known[key]
 
     def table(self, name: str, data: np.ndarray) -> Pointer:
-        """A constant that belongs to the current operator alone."""
-        return self._append(
-            Table(f"{self.graph.ops[self.at].name or f'op{self.at}'}.{name}", np.ascontiguousarray(data))
-        )
+        """A constant of the current operator; bands of one layer, which need the same numbers, share them."""
+        data = np.ascontiguousarray(data)
+        key = (str(data.dtype), data.shape, data.tobytes())
+        if key not in self._known:
+            self._known[key] = self._append(Table(f"{self.graph.ops[self.at].name or f'op{self.at}'}.{name}", data))
+        return self._known[key]
 
     def scratch(self) -> Pointer:
         """The current operator's working memory."""

@@ -47,10 +47,10 @@ def pack4(codes: np.ndarray) -> np.ndarray:
     return rows[:, ::2] | rows[:, 1::2] << 4
 
 
-def _weights(lowering: Lowering, op: Op, by_channel: bool = False) -> Pointer:
+def _weights(lowering: Lowering, op: Op, by_channel: bool = False, position: int = 1) -> Pointer:
     """The weights of a linear operator as its kernel reads them. by_channel: a depthwise operator's with the output channel
-    first, as those of a convolution of one input channel."""
-    index = op.inputs[1]
+    first, as those of a convolution of one input channel. position: of the weights among the inputs."""
+    index = op.inputs[position]
     t = lowering.graph.tensors[index]
     if t.dtype == "float32" or t.variable or t.data is None:
         return lowering.tensor(index)

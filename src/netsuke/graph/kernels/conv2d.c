@@ -64,19 +64,24 @@ NS_INLINE void conv2d(const ns_conv2d_params *p, const int8_t *x, const void *w,
   const int32_t stride = w4 ? (k + 1) / 2 : k;
   target to = {&g, block, staged ? (int8_t *)(block + (pixels < 3 ? pixels : NS_BLOCK) * g.kp) : NULL, 0, 0, 0};
   if (staged) memset(to.bytes + k, p->zx, (size_t)(g.kp - k)); /* what fills the last word stays */
-  for (int32_t pixel = 0, oy = 0, ox = 0; pixel < pixels; pixel += to.rows) {
-    to.rows = ns_together(pixels - pixel);
-    for (int32_t group = 0; group < p->groups; group++) {
-      int32_t iy = oy * p->sy - p->top, at = ox;
-      for (to.r = 0; to.r < to.rows; to.r++) {
-        gather(p, x, iy, at * p->sx - p->left, group * n, n, to, staged, w4);
-        if (staged) ns_put(&g, block, to.rows, to.r, 0, to.bytes, g.kp, w4);
-        if (++at == p->ow) at = 0, iy += p->sy;
+  int32_t packed;
+  const int32_t length = ns_run_length(&g, pixels, 1, &packed);
+  ns_run run;
+  for (int32_t first = 0; first < p->o; first += o) { /* a group */
+    const int32_t channel = first / o * n;
+    for (int32_t from = 0; from < o; from += length) {
+      ns_run_of(&run, &g, (const int8_t *)w + (ptrdiff_t)first * stride, bias ? bias + first : NULL, m + first, from, length,
+                packed, w4);
+      for (int32_t pixel = 0, iy = -p->top, ox = 0; pixel < pixels; pixel += to.rows) {
+        to.rows = ns_together(pixels - pixel);
+        for (to.r = 0; to.r < to.rows; to.r++) {
+          gather(p, x, iy, ox * p->sx - p->left, channel, n, to, staged, w4);
+          if (staged) ns_put(&g, block, to.rows, to.r, 0, to.bytes, g.kp, w4);
+          if (++ox == p->ow) ox = 0, iy += p->sy;
+        }
+        ns_block(&g, &run, block, to.rows, y + (ptrdiff_t)pixel * p->o + first + from, w4);
       }
-      ns_block(&g, block, to.rows, (const int8_t *)w + (ptrdiff_t)group * o * stride, bias ? bias + group * o : NULL,
-               m + group * o, y + (ptrdiff_t)pixel * p->o + group * o, w4);
     }
-    for (ox += to.rows; ox >= p->ow; ox -= p->ow) oy++;
   }
 }
 
@@ -86,12 +91,12 @@ NS_INLINE void either(const ns_conv2d_params *p, const int8_t *x, const void *w,
   else conv2d(p, x, w, bias, m, y, block, 0, w4);
 }
 
-NS_HOT void ns_conv2d(const ns_conv2d_params *p, const int8_t *x, const int8_t *w, const int32_t *bias, const int32_t *m,
+void ns_conv2d(const ns_conv2d_params *p, const int8_t *x, const int8_t *w, const int32_t *bias, const int32_t *m,
                       int8_t *y, void *scratch) {
   either(p, x, w, bias, m, y, (int16_t *)scratch, 0);
 }
 
-NS_HOT void ns_conv2d_w4(const ns_conv2d_w4_params *p, const int8_t *x, const uint8_t *w, const int32_t *bias, const int32_t *m,
+void ns_conv2d_w4(const ns_conv2d_w4_params *p, const int8_t *x, const uint8_t *w, const int32_t *bias, const int32_t *m,
                          int8_t *y, void *scratch) {
   either(p, x, w, bias, m, y, (int16_t *)scratch, 1);
 }

@@ -3,6 +3,7 @@
  * In place, and where there is no vector unit, channel by channel: a strip of the channel's rows is copied out, widened to 16
  * bits and padded, and the channel's lane is overwritten. The zero point is inside the bias: sum (x - zx) w = sum x w - zx sum w. */
 #include "ns_depthwise_dsp.h"
+#include "ns_wide.h"
 
 #define LANES 16
 
@@ -107,8 +108,9 @@ NS_INLINE void strips(const ns_depthwise2d_params *p, const int8_t *x, const voi
   s.width = (p->sx * ((p->ow + 3) & ~3) + p->dx * (ns_max(p->kw | 1, 3) - 1) + 1) & ~1;
   s.rows = (p->rows - 1) * p->sy + (p->kh - 1) * p->dy + 1, s.kept = ns_max(s.rows - p->rows * p->sy, 0);
 #if NS_DSP
-  const ns_scale scale = ns_scale_of(p->shift, p->zy, p->low, p->high);
-  const ns_dw_loop loop = scale.quick && p->kh == p->kw && p->dy == 1 && p->dx == 1 ? ns_dw_of(p->kw, p->sx) : NULL;
+  const ns_scale scale = ns_scale_of(p->shift, p->zy);
+  const int32_t quick = scale.quick && p->low <= -128 && p->high >= 127;
+  const ns_dw_loop loop = quick && p->kh == p->kw && p->dy == 1 && p->dx == 1 ? ns_dw_of(p->kw, p->sx) : NULL;
 #endif
   for (int32_t i = 0; i < s.rows * s.width; i++) strip[i] = (int16_t)p->zx;
   for (int32_t c = 0; c < p->c; c++) {
@@ -131,33 +133,80 @@ NS_INLINE void strips(const ns_depthwise2d_params *p, const int8_t *x, const voi
 }
 
 #if !NS_DSP
+/* Sums of channels c0 to c0 + n - 1 of one output, whose window begins at (iy, ix). */
+NS_INLINE void direct_sums(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias, int32_t iy,
+                           int32_t ix, int32_t c0, int32_t n, int32_t acc[LANES], const int32_t w4) {
+  const int32_t outs = p->c * p->times, taps = p->kh * p->kw;
+  for (int32_t i = 0; i < n; i++) acc[i] = bias ? bias[c0 + i] : 0;
+  for (int32_t ky = 0; ky < p->kh; ky++) {
+    const int32_t at_y = iy + ky * p->dy;
+    if (at_y < 0 || at_y >= p->h) continue;
+    for (int32_t kx = 0; kx < p->kw; kx++) {
+      const int32_t at_x = ix + kx * p->dx, tap = ky * p->kw + kx;
+      if (at_x < 0 || at_x >= p->w) continue;
+      const int8_t *from = x + ((ptrdiff_t)at_y * p->w + at_x) * p->c;
+      for (int32_t i = 0; i < n; i++) {
+        acc[i] += (from[p->times == 1 ? c0 + i : (c0 + i) / p->times] - p->zx) * weight(w, tap, taps, c0 + i, outs, w4);
+      }
+    }
+  }
+}
+
+#if NS_WIDE
+/* The same for plain int8 weights, rescaled; the window's taps ky0 to ky1, kx0 to kx1 lie in the input. */
+NS_INLINE void direct_wide(const ns_depthwise2d_params *p, const int8_t *from, const int8_t *w, ns_wide acc, ns_wide m,
+                           const ns_scale *scale, int32_t ky0, int32_t ky1, int32_t kx0, int32_t kx1, int8_t *y, int32_t n) {
+  const ns_wide minus = ns_wide_all(-p->zx);
+  const int32_t right = p->dx * p->c;
+  for (int32_t ky = ky0; ky < ky1; ky++) {
+    const int8_t *a = from + ky * p->dy * p->w * p->c + kx0 * right, *b = w + (ky * p->kw + kx0) * p->c;
+    for (int32_t kx = kx0; kx < kx1; kx++, a += right, b += p->c) {
+      acc = ns_wide_add(acc, ns_wide_mul(ns_wide_add(ns_wide_codes(a, n), minus), ns_wide_codes(b, n)));
+    }
+  }
+  ns_wide_finish(acc, m, scale, p->low, p->high, y, n);
+}
+
+/* Taps of a window that begins at `at` which lie inside 0…size: from *begin to *end. */
+NS_INLINE void inside(int32_t at, int32_t step, int32_t k, int32_t size, int32_t *begin, int32_t *end) {
+  *begin = at < 0 ? (-at + step - 1) / step : 0;
+  *end = ns_clip((size - at + step - 1) / step, 0, k);
+}
+#endif
+
 /* Pixel by pixel over runs of channels, straight from the input. */
 NS_INLINE void direct(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m,
                       int8_t *y, const int32_t w4) {
-  const int32_t outs = p->c * p->times, taps = p->kh * p->kw;
+  const int32_t outs = p->c * p->times;
+#if NS_WIDE
+  const ns_scale scale = ns_scale_of(p->shift, p->zy);
+  if (!w4 && p->times == 1 && scale.quick) {
+    for (int32_t c0 = 0; c0 < outs; c0 += NS_WIDE) {
+      const int32_t n = ns_min(NS_WIDE, outs - c0);
+      const ns_wide first = bias ? ns_wide_load_n(bias + c0, n) : ns_wide_all(0), mm = ns_wide_load_n(m + c0, n);
+      int8_t *out = y + c0;
+      for (int32_t oy = 0; oy < p->oh; oy++) {
+        int32_t ky0, ky1, kx0, kx1;
+        const int32_t iy = oy * p->sy - p->top;
+        inside(iy, p->dy, p->kh, p->h, &ky0, &ky1);
+        for (int32_t ox = 0; ox < p->ow; ox++, out += outs) {
+          const int32_t ix = ox * p->sx - p->left;
+          inside(ix, p->dx, p->kw, p->w, &kx0, &kx1);
+          const int8_t *from = x + ((ptrdiff_t)iy * p->w + ix) * p->c + c0, *v = (const int8_t *)w + c0;
+          if (n == NS_WIDE) direct_wide(p, from, v, first, mm, &scale, ky0, ky1, kx0, kx1, out, NS_WIDE);
+          else direct_wide(p, from, v, first, mm, &scale, ky0, ky1, kx0, kx1, out, n);
+        }
+      }
+    }
+    return;
+  }
+#endif
   for (int32_t oy = 0; oy < p->oh; oy++) {
     for (int32_t ox = 0; ox < p->ow; ox++, y += outs) {
       for (int32_t c0 = 0; c0 < outs; c0 += LANES) {
         const int32_t n = ns_min(LANES, outs - c0);
         int32_t acc[LANES];
-        for (int32_t i = 0; i < n; i++) acc[i] = bias ? bias[c0 + i] : 0;
-        for (int32_t ky = 0; ky < p->kh; ky++) {
-          const int32_t iy = oy * p->sy - p->top + ky * p->dy;
-          if (iy < 0 || iy >= p->h) continue;
-          for (int32_t kx = 0; kx < p->kw; kx++) {
-            const int32_t ix = ox * p->sx - p->left + kx * p->dx, tap = ky * p->kw + kx;
-            if (ix < 0 || ix >= p->w) continue;
-            const int8_t *from = x + ((ptrdiff_t)iy * p->w + ix) * p->c;
-            if (w4 || p->times > 1) {
-              for (int32_t i = 0; i < n; i++) {
-                acc[i] += (from[(c0 + i) / p->times] - p->zx) * weight(w, tap, taps, c0 + i, outs, w4);
-              }
-            } else {
-              const int8_t *v = (const int8_t *)w + (ptrdiff_t)tap * outs + c0;
-              for (int32_t i = 0; i < n; i++) acc[i] += (int16_t)(from[c0 + i] - p->zx) * (int16_t)v[i];
-            }
-          }
-        }
+        direct_sums(p, x, w, bias, oy * p->sy - p->top, ox * p->sx - p->left, c0, n, acc, w4);
         for (int32_t i = 0; i < n; i++) {
           y[c0 + i] = ns_requant(acc[i], m[c0 + i], p->shift, p->zy, p->low, p->high);
         }
@@ -178,12 +227,12 @@ NS_INLINE void depthwise2d(const ns_depthwise2d_params *p, const int8_t *x, cons
   strips(p, x, w, bias, m, y, (int16_t *)scratch, w4);
 }
 
-NS_HOT void ns_depthwise2d(const ns_depthwise2d_params *p, const int8_t *x, const int8_t *w, const int32_t *bias,
+void ns_depthwise2d(const ns_depthwise2d_params *p, const int8_t *x, const int8_t *w, const int32_t *bias,
                            const int32_t *m, int8_t *y, void *scratch) {
   depthwise2d(p, x, w, bias, m, y, scratch, 0);
 }
 
-NS_HOT void ns_depthwise2d_w4(const ns_depthwise2d_w4_params *p, const int8_t *x, const uint8_t *w, const int32_t *bias,
+void ns_depthwise2d_w4(const ns_depthwise2d_w4_params *p, const int8_t *x, const uint8_t *w, const int32_t *bias,
                               const int32_t *m, int8_t *y, void *scratch) {
   depthwise2d(p, x, w, bias, m, y, scratch, 1);
 }

@@ -12,7 +12,7 @@ NS_INLINE void add_run(const ns_add_params *p, const int8_t *a, const int8_t *b,
   }
 }
 
-NS_HOT void ns_add(const ns_add_params *p, const int8_t *a, const int8_t *b, int8_t *y) {
+void ns_add(const ns_add_params *p, const int8_t *a, const int8_t *b, int8_t *y) {
   const int32_t whole = p->low <= -128 && p->high >= 127;
   for (int32_t i = 0; i < p->n0; i++) {
     for (int32_t j = 0; j < p->n1; j++) {
@@ -26,7 +26,7 @@ NS_HOT void ns_add(const ns_add_params *p, const int8_t *a, const int8_t *b, int
   }
 }
 
-NS_HOT void ns_mul(const ns_mul_params *p, const int8_t *a, const int8_t *b, int8_t *y) {
+void ns_mul(const ns_mul_params *p, const int8_t *a, const int8_t *b, int8_t *y) {
   for (int32_t i = 0; i < p->n0; i++) {
     for (int32_t j = 0; j < p->n1; j++) {
       for (int32_t k = 0; k < p->n2; k++, a += p->n3, y += p->n3) {
@@ -42,7 +42,7 @@ NS_HOT void ns_mul(const ns_mul_params *p, const int8_t *a, const int8_t *b, int
 
 NS_INLINE float clip_float(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
-NS_HOT void ns_add_f32(const ns_add_f32_params *p, const float *a, const float *b, float *y) {
+void ns_add_f32(const ns_add_f32_params *p, const float *a, const float *b, float *y) {
   for (int32_t i = 0; i < p->n0; i++) {
     for (int32_t j = 0; j < p->n1; j++) {
       for (int32_t k = 0; k < p->n2; k++, a += p->n3, y += p->n3) {
@@ -53,7 +53,7 @@ NS_HOT void ns_add_f32(const ns_add_f32_params *p, const float *a, const float *
   }
 }
 
-NS_HOT void ns_mul_f32(const ns_mul_f32_params *p, const float *a, const float *b, float *y) {
+void ns_mul_f32(const ns_mul_f32_params *p, const float *a, const float *b, float *y) {
   for (int32_t i = 0; i < p->n0; i++) {
     for (int32_t j = 0; j < p->n1; j++) {
       for (int32_t k = 0; k < p->n2; k++, a += p->n3, y += p->n3) {
@@ -69,7 +69,7 @@ void ns_lut(const ns_lut_params *p, const int8_t *x, const int8_t *table, int8_t
 }
 
 /* Adding 1.5 * 2^23 rounds to an integer, half to even, and leaves it in the low bits: no call, the same everywhere. */
-NS_HOT void ns_quantize(const ns_quantize_params *p, const float *x, int8_t *y) {
+void ns_quantize(const ns_quantize_params *p, const float *x, int8_t *y) {
   const float magic = 12582912.0f, low = (float)(-128 - p->zero), high = (float)(127 - p->zero);
   for (int32_t i = 0; i < p->n; i++) {
     const float v = x[i] * p->inverse, r = (v < low ? low : v > high ? high : v) + magic;
@@ -79,6 +79,6 @@ NS_HOT void ns_quantize(const ns_quantize_params *p, const float *x, int8_t *y) 
   }
 }
 
-NS_HOT void ns_dequantize(const ns_dequantize_params *p, const int8_t *x, float *y) {
+void ns_dequantize(const ns_dequantize_params *p, const int8_t *x, float *y) {
   for (int32_t i = 0; i < p->n; i++) y[i] = (float)(x[i] - p->zero) * p->scale;
 }

@@ -88,44 +88,44 @@ NS_INLINE void depthwise2d(const ns_depthwise2d_f32_params *p, const float *x, c
   }
 }
 
-NS_HOT void ns_dense_f32(const ns_dense_f32_params *p, const float *x, const float *w, const float *bias, float *y) {
+void ns_dense_f32(const ns_dense_f32_params *p, const float *x, const float *w, const float *bias, float *y) {
   dense(p, x, w, NULL, bias, y, F32);
 }
 
-NS_HOT void ns_dense_f32w8(const ns_dense_f32w8_params *p, const float *x, const int8_t *w, const float *scale,
+void ns_dense_f32w8(const ns_dense_f32w8_params *p, const float *x, const int8_t *w, const float *scale,
                            const float *bias, float *y) {
   dense(p, x, w, scale, bias, y, W8);
 }
 
-NS_HOT void ns_dense_f32w4(const ns_dense_f32w4_params *p, const float *x, const uint8_t *w, const float *scale,
+void ns_dense_f32w4(const ns_dense_f32w4_params *p, const float *x, const uint8_t *w, const float *scale,
                            const float *bias, float *y) {
   dense(p, x, w, scale, bias, y, W4);
 }
 
-NS_HOT void ns_conv2d_f32(const ns_conv2d_f32_params *p, const float *x, const float *w, const float *bias, float *y) {
+void ns_conv2d_f32(const ns_conv2d_f32_params *p, const float *x, const float *w, const float *bias, float *y) {
   conv2d(p, x, w, NULL, bias, y, F32);
 }
 
-NS_HOT void ns_conv2d_f32w8(const ns_conv2d_f32w8_params *p, const float *x, const int8_t *w, const float *scale,
+void ns_conv2d_f32w8(const ns_conv2d_f32w8_params *p, const float *x, const int8_t *w, const float *scale,
                             const float *bias, float *y) {
   conv2d(p, x, w, scale, bias, y, W8);
 }
 
-NS_HOT void ns_conv2d_f32w4(const ns_conv2d_f32w4_params *p, const float *x, const uint8_t *w, const float *scale,
+void ns_conv2d_f32w4(const ns_conv2d_f32w4_params *p, const float *x, const uint8_t *w, const float *scale,
                             const float *bias, float *y) {
   conv2d(p, x, w, scale, bias, y, W4);
 }
 
-NS_HOT void ns_depthwise2d_f32(const ns_depthwise2d_f32_params *p, const float *x, const float *w, const float *bias, float *y) {
+void ns_depthwise2d_f32(const ns_depthwise2d_f32_params *p, const float *x, const float *w, const float *bias, float *y) {
   depthwise2d(p, x, w, NULL, bias, y, F32);
 }
 
-NS_HOT void ns_depthwise2d_f32w8(const ns_depthwise2d_f32w8_params *p, const float *x, const int8_t *w, const float *scale,
+void ns_depthwise2d_f32w8(const ns_depthwise2d_f32w8_params *p, const float *x, const int8_t *w, const float *scale,
                                  const float *bias, float *y) {
   depthwise2d(p, x, w, scale, bias, y, W8);
 }
 
-NS_HOT void ns_depthwise2d_f32w4(const ns_depthwise2d_f32w4_params *p, const float *x, const uint8_t *w, const float *scale,
+void ns_depthwise2d_f32w4(const ns_depthwise2d_f32w4_params *p, const float *x, const uint8_t *w, const float *scale,
                                  const float *bias, float *y) {
   depthwise2d(p, x, w, scale, bias, y, W4);
 }

@@ -39,22 +39,7 @@ NS_INLINE uint32_t ns_tops(uint32_t low, uint32_t high) {
   return r;
 }
 
-/* Rescaling by SMMLA, ASR, SSAT: with shift >= 33 the low word of the product takes no part, and rounding and zero point are
- * one addend. Other shifts, and narrower clips, go the long way. */
-typedef struct {
-  int32_t addend, shift, quick;
-} ns_scale;
-
-NS_INLINE ns_scale ns_scale_of(int32_t shift, int32_t zero, int32_t low, int32_t high) {
-  ns_scale s = {0, 0, 0};
-  if (shift >= 33 && shift <= 54 && low <= -128 && high >= 127) {
-    s.shift = shift - 32;
-    s.addend = (int32_t)(1u << (shift - 33)) + zero * (int32_t)(1u << (shift - 32));
-    s.quick = 1;
-  }
-  return s;
-}
-
+/* SMMLA, ASR, SSAT. */
 NS_INLINE int8_t ns_requant_quick(int32_t total, int32_t m, int32_t addend, int32_t shift) {
   int32_t r;
   __asm__("smmla %0, %1, %2, %3" : "=r"(r) : "r"(total), "r"(m), "r"(addend));

@@ -27,13 +27,6 @@
 #define NS_UNROLL
 #endif
 
-/* The package's library runs on any x86-64: its loops exist for three generations of vectors, chosen when it is loaded. */
-#if defined(NS_CLONES)
-#define NS_HOT __attribute__((target_clones("default", "avx2", "arch=skylake-avx512")))
-#else
-#define NS_HOT
-#endif
-
 NS_INLINE int32_t ns_min(int32_t a, int32_t b) { return a < b ? a : b; }
 NS_INLINE int32_t ns_max(int32_t a, int32_t b) { return a > b ? a : b; }
 NS_INLINE int32_t ns_clip(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
@@ -55,6 +48,22 @@ NS_INLINE int32_t ns_wrap_mul(int32_t a, int32_t b) { return (int32_t)((uint32_t
 NS_INLINE int8_t ns_requant(int32_t total, int32_t m, int32_t shift, int32_t zero, int32_t low, int32_t high) {
   const int64_t q = (((int64_t)total * m + ((int64_t)1 << (shift - 1))) >> shift) + zero;
   return (int8_t)(q < low ? low : q > high ? high : q);
+}
+
+/* The same on words: with 33 <= shift the low word of the product takes no part, and rounding and zero point are one addend:
+ * ((total * m >> 32) + addend) >> (shift - 32). `quick` is 0 for other shifts. */
+typedef struct {
+  int32_t addend, shift, quick;
+} ns_scale;
+
+NS_INLINE ns_scale ns_scale_of(int32_t shift, int32_t zero) {
+  ns_scale s = {0, 0, 0};
+  if (shift >= 33 && shift <= 54) {
+    s.shift = shift - 32;
+    s.addend = (int32_t)(1u << (shift - 33)) + zero * (int32_t)(1u << (shift - 32));
+    s.quick = 1;
+  }
+  return s;
 }
 
 /* Code k of a row of int4 codes. */

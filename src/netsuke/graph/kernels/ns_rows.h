@@ -1,11 +1,13 @@
 /* Dot products of a few rows of activations (pixels), expanded to 16 bits without their zero point, with rows of weights.
  * Dense layers, pointwise and general convolutions are this, and differ in how they gather the rows.
  *
- * A block of rows is filled by ns_put and ns_put_zero; ns_block gives the outputs of its rows. */
+ * For each run of output channels (ns_run_of; often all of them are one run), blocks of rows are filled by ns_put and
+ * ns_put_zero, and ns_block gives the run's outputs of a block. */
 #ifndef NS_ROWS_H
 #define NS_ROWS_H
 
 #include "ns_dsp.h"
+#include "ns_rows_wide.h"
 
 #define NS_BLOCK 4  /* rows at once */
 #define NS_TILE 16  /* output channels whose sums wait for one loop of rescaling */
@@ -23,6 +25,44 @@ NS_INLINE ns_rows ns_rows_of(int32_t k, int32_t o, int32_t ys, int32_t zx, int32
                              const int32_t w4) {
   const ns_rows g = {k, (k + ns_whole(w4) - 1) & -ns_whole(w4), o, ys, zx, zy, shift, low, high};
   return g;
+}
+
+/* Output channels that are worked on together: n of them, with their weights. */
+typedef struct {
+  const void *w;
+  const int32_t *bias, *m;
+  int32_t n;
+#if NS_WIDE
+  int32_t packed;
+  ns_pass pass;
+#endif
+} ns_run;
+
+/* Output channels in a run, and whether their weights are repacked. apart: outputs do not overwrite inputs; rows: of all. */
+NS_INLINE int32_t ns_run_length(const ns_rows *g, int32_t rows, int32_t apart, int32_t *packed) {
+  *packed = 0;
+#if NS_WIDE
+  *packed = apart && rows >= NS_PASS_ROWS && g->k <= NS_PASS_K && ns_scale_of(g->shift, g->zy).quick;
+  if (*packed) return NS_PASS;
+#endif
+  (void)rows;
+  (void)apart;
+  return g->o;
+}
+
+/* The run of channels o to o + length - 1, as far as there are so many. */
+NS_INLINE void ns_run_of(ns_run *run, const ns_rows *g, const void *w, const int32_t *bias, const int32_t *m, int32_t o,
+                         int32_t length, int32_t packed, const int32_t w4) {
+  const int32_t stride = w4 ? (g->k + 1) / 2 : g->k;
+  run->w = (const int8_t *)w + (ptrdiff_t)o * stride;
+  run->bias = bias ? bias + o : NULL;
+  run->m = m + o;
+  run->n = ns_min(length, g->o - o);
+#if NS_WIDE
+  run->packed = packed;
+  if (packed) ns_pass_of(&run->pass, run->w, stride, g->k, run->bias, run->m, run->n, w4);
+#endif
+  (void)packed;
 }
 
 /* How many of `left` rows are worked on together: one or two are less work one by one. */
@@ -76,16 +116,17 @@ NS_INLINE void ns_put_zero(const ns_rows *g, int16_t *block, int32_t rows, int32
   for (int32_t i = 0; i < n; i += 2, out += lanes) *out = 0;
 }
 
-/* y[r * ys + o] for the rows of the block. */
-NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, const void *weights, const int32_t *bias,
-                        const int32_t *m, int8_t *y, const int32_t w4) {
-  const ns_scale s = ns_scale_of(g->shift, g->zy, g->low, g->high);
+/* y[r * ys + o] for the rows of the block and the run's channels. */
+NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *block, int32_t rows, int8_t *y, const int32_t w4) {
+  const ns_scale s = ns_scale_of(g->shift, g->zy);
+  const int32_t quick = s.quick && g->low <= -128 && g->high >= 127;
   const int32_t stride = w4 ? (g->k + 1) / 2 : g->k, groups = g->kp / ns_whole(w4);
   const uint32_t *x = (const uint32_t *)block;
-  const int8_t *w = (const int8_t *)weights;
+  const int8_t *w = (const int8_t *)run->w;
+  const int32_t *bias = run->bias, *m = run->m;
   if (rows == 1) {
-    for (int32_t o = 0; o < g->o; o += 2, w += 2 * stride) {
-      const int32_t two = o + 1 < g->o, first = bias ? bias[o] : 0, second = bias && two ? bias[o + 1] : 0;
+    for (int32_t o = 0; o < run->n; o += 2, w += 2 * stride) {
+      const int32_t two = o + 1 < run->n, first = bias ? bias[o] : 0, second = bias && two ? bias[o + 1] : 0;
       const int8_t *u = two ? w + stride : w;
       int32_t acc[2] = {first, second};
       if (w4) {
@@ -97,14 +138,14 @@ NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, co
         ns_mac1(acc, w, u, x, groups);
       }
       for (int32_t j = 0; j <= two; j++) {
-        y[o + j] = s.quick ? ns_requant_quick(acc[j], m[o + j], s.addend, s.shift)
+        y[o + j] = quick ? ns_requant_quick(acc[j], m[o + j], s.addend, s.shift)
                            : ns_requant(acc[j], m[o + j], g->shift, g->zy, g->low, g->high);
       }
     }
     return;
   }
-  if (rows == NS_BLOCK && s.quick && bias) {
-    ns_channels c = {block, (int32_t)((intptr_t)bias - (intptr_t)m), stride - 4 * groups, 4 * groups, groups & 3, m + g->o, m,
+  if (rows == NS_BLOCK && quick && bias) {
+    ns_channels c = {block, (int32_t)((intptr_t)bias - (intptr_t)m), stride - 4 * groups, 4 * groups, groups & 3, m + run->n, m,
                      y, s.addend, s.shift, g->ys, w - (stride - 4 * groups)};
     if (w4) ns_channels_w4(&c);
     else ns_channels_w8(&c);
@@ -112,7 +153,7 @@ NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, co
   }
   for (int32_t r = 0; r < rows; r++, x++, y += g->ys) { /* three rows, or a rescaling that goes the long way */
     const int8_t *row = w;
-    for (int32_t o = 0; o < g->o; o++, row += stride) {
+    for (int32_t o = 0; o < run->n; o++, row += stride) {
       const int32_t total = ns_wrap_add(ns_mac(row, x, groups, w4), bias ? bias[o] : 0);
       y[o] = ns_requant(total, m[o], g->shift, g->zy, g->low, g->high);
     }
@@ -156,17 +197,31 @@ NS_INLINE void ns_dot1(const int16_t *c, const int8_t *w, int32_t n, int32_t acc
   acc[0] += s;
 }
 
-/* y[r * ys + o] for the rows of the block. */
-NS_INLINE void ns_block(const ns_rows *g, const int16_t *block, int32_t rows, const void *weights, const int32_t *bias,
-                        const int32_t *m, int8_t *y, const int32_t w4) {
+/* y[r * ys + o] for the rows of the block and the run's channels. */
+NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *block, int32_t rows, int8_t *y, const int32_t w4) {
+  const int32_t *bias = run->bias, *m = run->m, stride = w4 ? (g->k + 1) / 2 : g->k;
   int32_t tile[NS_BLOCK][NS_TILE];
-  const int32_t stride = w4 ? (g->k + 1) / 2 : g->k;
-  for (int32_t o0 = 0; o0 < g->o; o0 += NS_TILE) {
-    const int32_t n = ns_min(NS_TILE, g->o - o0);
+#if NS_WIDE
+  if (run->packed) {
+    const ns_scale s = ns_scale_of(g->shift, g->zy);
+    if (run->n > NS_WIDE) {
+      if (rows == 4) ns_pass_block(&run->pass, block, g->kp, g->k, 4, 2, &s, g->low, g->high, y, g->ys, run->n);
+      else if (rows == 3) ns_pass_block(&run->pass, block, g->kp, g->k, 3, 2, &s, g->low, g->high, y, g->ys, run->n);
+      else ns_pass_block(&run->pass, block, g->kp, g->k, 1, 2, &s, g->low, g->high, y, g->ys, run->n);
+    } else {
+      if (rows == 4) ns_pass_block(&run->pass, block, g->kp, g->k, 4, 1, &s, g->low, g->high, y, g->ys, run->n);
+      else if (rows == 3) ns_pass_block(&run->pass, block, g->kp, g->k, 3, 1, &s, g->low, g->high, y, g->ys, run->n);
+      else ns_pass_block(&run->pass, block, g->kp, g->k, 1, 1, &s, g->low, g->high, y, g->ys, run->n);
+    }
+    return;
+  }
+#endif
+  for (int32_t o0 = 0; o0 < run->n; o0 += NS_TILE) {
+    const int32_t n = ns_min(NS_TILE, run->n - o0);
     for (int32_t j = 0; j < n; j++) {
       const int32_t first = bias ? bias[o0 + j] : 0;
       int32_t acc[NS_BLOCK] = {first, first, first, first};
-      const int8_t *w = (const int8_t *)weights + (ptrdiff_t)(o0 + j) * stride;
+      const int8_t *w = (const int8_t *)run->w + (ptrdiff_t)(o0 + j) * stride;
       if (w4) {
         int8_t piece[NS_PIECE];
         for (int32_t k0 = 0; k0 < g->k; k0 += NS_PIECE) {

@@ -33,7 +33,7 @@ NS_INLINE void inside(int32_t out, int32_t step, int32_t before, int32_t k, int3
     }                                                                    \
   }
 
-NS_HOT void ns_avgpool2d(const ns_avgpool2d_params *p, const int8_t *x, const int32_t *m, int8_t *y) {
+void ns_avgpool2d(const ns_avgpool2d_params *p, const int8_t *x, const int32_t *m, int8_t *y) {
   EACH_WINDOW(p, y, {
     int32_t acc[LANES];
     const int32_t count = (iy1 - iy0) * (ix1 - ix0);
@@ -45,7 +45,7 @@ NS_HOT void ns_avgpool2d(const ns_avgpool2d_params *p, const int8_t *x, const in
   })
 }
 
-NS_HOT void ns_maxpool2d(const ns_maxpool2d_params *p, const int8_t *x, int8_t *y) {
+void ns_maxpool2d(const ns_maxpool2d_params *p, const int8_t *x, int8_t *y) {
   EACH_WINDOW(p, y, {
     int8_t acc[LANES];
     for (int32_t i = 0; i < n; i++) acc[i] = -128;
@@ -54,7 +54,7 @@ NS_HOT void ns_maxpool2d(const ns_maxpool2d_params *p, const int8_t *x, int8_t *
   })
 }
 
-NS_HOT void ns_avgpool2d_f32(const ns_avgpool2d_f32_params *p, const float *x, float *y) {
+void ns_avgpool2d_f32(const ns_avgpool2d_f32_params *p, const float *x, float *y) {
   EACH_WINDOW(p, y, {
     float acc[LANES];
     const float count = (float)((iy1 - iy0) * (ix1 - ix0));
@@ -67,7 +67,7 @@ NS_HOT void ns_avgpool2d_f32(const ns_avgpool2d_f32_params *p, const float *x, f
   })
 }
 
-NS_HOT void ns_maxpool2d_f32(const ns_maxpool2d_f32_params *p, const float *x, float *y) {
+void ns_maxpool2d_f32(const ns_maxpool2d_f32_params *p, const float *x, float *y) {
   EACH_WINDOW(p, y, {
     float acc[LANES];
     for (int32_t i = 0; i < n; i++) acc[i] = -FLT_MAX;
