@@ -64,7 +64,8 @@ def agree(g, rng, batch=1, exact=True):
         shape = (batch * t.shape[0], *t.shape[1:])
         inputs.append(codes(rng, shape) if t.dtype == "int8" else rng.normal(size=shape).astype(np.float32) * 3)
     want = Interpreter(g).run(*inputs)
-    builds = [(None, v) for v in range(library(0).ns_host_vectors() + 1)]
+    apart = plan_arena(g, scratch, in_place=False)
+    builds = [(apart, v) for v in range(library(0).ns_host_vectors() + 1)]
     for arena, vectors in [*builds, (plan_arena(g, scratch), None)]:
         for a, b in zip(HostProgram(g, arena, vectors).run(*inputs), want):
             assert a.dtype == b.dtype and a.shape == b.shape
