@@ -16,6 +16,8 @@ class Interpreter:
 
     def __init__(self, graph: QGraph):
         self.graph = graph
+        # bytes of a view, and what a state remembers, belong to one sample
+        self.single = bool(graph.states) or any(t.view is not None for t in graph.tensors)
         self.reset()
 
     def reset(self) -> None:
@@ -28,7 +30,8 @@ class Interpreter:
     def run(
         self, *inputs: np.ndarray, on_op: Callable[[int, tuple[np.ndarray, ...]], None] | None = None
     ) -> list[np.ndarray]:
-        """Outputs for input arrays of the graph's types; the leading axis may be any batch in a graph without states.
+        """Outputs for input arrays of the graph's types; the leading axis may be any batch in a graph without
+        states and views.
 
         `on_op(index, outputs)` sees every operator's result. Raises NetsukeError for a wrong number, shape or type.
         """
@@ -42,7 +45,7 @@ class Interpreter:
             if on_op:
                 on_op(k, outs)
         for read, written in g.states:
-            self.states[read] = self._view(values, written).copy()
+            self.states[read] = values[read] = self._view(values, written).copy()
         return [self._view(values, i) for i in g.outputs]
 
     def _inputs(self, inputs: tuple[np.ndarray, ...]) -> dict[int, np.ndarray]:
@@ -52,7 +55,7 @@ class Interpreter:
             raise NetsukeError(f"run {g.name}", f"{len(inputs)} inputs were given", f"{len(g.inputs)}")
         for i, x in zip(g.inputs, inputs):
             t = g.tensors[i]
-            if x.shape[1:] != t.shape[1:] or x.dtype != _stored(t.dtype) or (g.states and x.shape != t.shape):
+            if x.shape[1:] != t.shape[1:] or x.dtype != _stored(t.dtype) or (self.single and x.shape != t.shape):
                 raise NetsukeError(f"run {g.name}", f"the input is {x.dtype} {x.shape}", f"{t.dtype} {t.shape}")
             values[i] = x
         return values
