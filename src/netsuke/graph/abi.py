@@ -17,7 +17,6 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _DEFINED = re.compile(r"^void (ns_\w+)\(const \w+_params \*", re.MULTILINE)
 _INCLUDED = re.compile(r'#include "(\w+\.h)"')
 _CALLED = re.compile(r"\b(ns_\w+)\(")
-_CALLED = re.compile(r"\b(ns_\w+)\(")
 
 
 @cache
