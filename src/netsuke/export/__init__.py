@@ -45,6 +45,7 @@ def export(
     """Writes `model` in the form of `home` to `out` (default: the model's name with the home's suffix).
 
     name, patches   for C: the prefix of its functions; the first layers band by band, which needs less RAM and more time
+    train, classes  for C: an update plan (JSON): sources that infer and train, with a head for that many classes
 
     Returns {model, home, file, bits, bytes, …} with the home's own facts and notes. Raises NetsukeError for an unknown
     home, a width it does not have, a place that cannot be written to and models it cannot express.
@@ -52,7 +53,7 @@ def export(
     if home not in HOMES:
         raise NetsukeError(f"export {model}", f"the home {home!r} is unknown", ", ".join(HOMES))
     if home == "c":
-        return _export_c(model, out, bits, name, patches)
+        return _export_c(model, out, bits, name, patches, train, classes)
     row = HOMES[home]
     bits = row.bits[0] if bits is None else bits
     if bits not in row.bits:
@@ -68,7 +69,9 @@ def export(
     return {"model": model, "home": home, "file": str(path), "bits": bits, "bytes": path.stat().st_size, **facts}
 
 
-def _export_c(model: str, out: str | None, bits: int | None, name: str, patches: bool) -> dict[str, Any]:
+def _export_c(
+    model: str, out: str | None, bits: int | None, name: str, patches: bool, train: str | None, classes: int | None
+) -> dict[str, Any]:
     from netsuke.export.c import write_c
     from netsuke.graph.lower import scratch
     from netsuke.graph.read import is_graph, load_graph
@@ -87,6 +90,14 @@ def _export_c(model: str, out: str | None, bits: int | None, name: str, patches:
         )
     path = Path(out or Path(model).stem)
     graph, notes = load_graph(model), []
+    if train is not None:
+        from netsuke.graph.differentiate import training_graph
+        from netsuke.graph.update_plan import UpdatePlan
+
+        graph = training_graph(graph, UpdatePlan.from_json(Path(train)), classes)
+        notes.append(
+            "each run is one training step: inputs are a sample, its label (int32) and the learning rate (float)"
+        )
     if patches:
         from netsuke.graph.patches import best_patching
 

@@ -21,6 +21,8 @@ def register(app: typer.Typer) -> None:
         out: Annotated[str | None, typer.Option("-o", "--out", help="what to write; default: MODEL's name")] = None,
         name: Annotated[str, typer.Option(help="c: prefix of functions and files")] = "model",
         patches: Annotated[bool, typer.Option(help="c: first layers band by band, for less RAM")] = False,
+        train: Annotated[str | None, typer.Option(help="c: an update plan (JSON): C that trains on the chip")] = None,
+        classes: Annotated[int | None, typer.Option(help="c: classes of the head that is trained")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
     ) -> None:
         from rich.console import Console
@@ -30,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
         note = Console(stderr=True)
         with note.status(f"writing for {home}"):
-            got = export(model, home, out=out, bits=bits, name=name, patches=patches)
+            got = export(model, home, out=out, bits=bits, name=name, patches=patches, train=train, classes=classes)
         if as_json:
             print(json.dumps(got))
             return
