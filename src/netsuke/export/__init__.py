@@ -34,14 +34,9 @@ HOMES = {
 
 @verb
 def export(
-    model: str,
-    home: str,
-    *,
-    out: str | None = None,
-    bits: int | None = None,
-    name: str = "model",
-    patches: bool = False,
-) -> dict[str, Any]:
+    model: str, home: str, *, out: str | None = None, bits: int | None = None, name: str = "model", patches: bool = False,
+    train: str | None = None, classes: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Writes `model` in the form of `home` to `out` (default: the model's name with the home's suffix).
 
     name, patches   for C: the prefix of its functions; the first layers band by band, which needs less RAM and more time
