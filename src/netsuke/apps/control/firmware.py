@@ -45,7 +45,8 @@ def floats(predictor: Predictor, knobs: NewtonMPC) -> int:
     m, p, n = predictor.controls, predictor.outputs, predictor.controls * knobs.moves
     outs = [len(layer.weight) for layer in predictor.network.layers]
     histories = (predictor.control_past - 1 + knobs.last) * m + (predictor.output_past + knobs.last) * p
-    network = 2 * outs[0] + knobs.last * sum(outs) + 2 * p * max(predictor.moving, *outs) + predictor.moving
+    network = 2 * outs[0] + knobs.last * sum(outs) + 2 * p * max(predictor.moving, *outs)
+    network += max(predictor.moving, predictor.sensors)
     return histories + network + 2 * knobs.last * p * n + n * n + 6 * n + 3 * p
 
 
@@ -85,7 +86,7 @@ def plant_c(predictor: Predictor, title: str) -> str:
 def facts(predictor: Predictor, knobs: NewtonMPC) -> dict[str, Any]:
     """Bytes of constants and of RAM that the controller takes, without code."""
     layers = predictor.network.as_type(np.float32).layers
-    weights = sum(n.weight.nbytes + n.bias.nbytes + (0 if n.scale is None else n.scale.nbytes) for n in layers)
+    weights = sum(a.nbytes for n in layers for a in (n.weight, n.bias, n.scale, n.unit) if a is not None)
     return {"weights": weights, "workspace": 4 * floats(predictor, knobs)}
 
 

@@ -45,6 +45,11 @@ class Predictor:
                 "histories that add up to the network's inputs", "other control_past, output_past or sensors",
             )  # fmt: skip
 
+    def quantized(self, control: float, outputs: Array, sensor: float = 0.5) -> Predictor:
+        """The same with int8 weights; the largest magnitudes of a control, of every output (p,) and of a sensor."""
+        past, sensors = [control] * self.control_past * self.controls, [sensor] * self.sensors
+        return self.with_network(self.network.quantized(np.array([*past, *np.tile(outputs, self.output_past), *sensors])))
+
     @property
     def moving(self) -> int:
         """Inputs that change within a horizon: the histories."""

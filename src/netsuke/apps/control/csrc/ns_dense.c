@@ -140,11 +140,18 @@ static void add_products(const ns_layer *l, int32_t from, int32_t n, const float
 
 static float weighted(const ns_layer *l, int32_t k, float t) { return l->weight ? t : t * l->scale[k]; }
 
-void ns_dense_add(const ns_dense *net, int32_t from, int32_t n, const float *x, const float *sums, float *out) {
+static void to_units(const ns_layer *l, int32_t from, int32_t n, float *x) {
+  for (int32_t i = 0; l->unit && i < n; i++) x[i] *= l->unit[from + i];
+}
+
+void ns_dense_add(const ns_dense *net, int32_t from, int32_t n, float *x, const float *sums, float *out) {
+  to_units(net->layers, from, n, x);
   add_products(net->layers, from, n, x, sums, out);
 }
 
-const float *ns_dense_forward(const ns_dense *net, int32_t from, int32_t n, const float *x, const float *sums, float *values) {
+const float *ns_dense_forward(const ns_dense *net, int32_t from, int32_t n, float *inputs, const float *sums, float *values) {
+  const float *x = inputs;
+  to_units(net->layers, from, n, inputs);
   for (int32_t layer = 0; layer < net->count; layer++) {
     const ns_layer *l = net->layers + layer;
     add_products(l, from, n, x, sums, values);
@@ -187,5 +194,6 @@ float *ns_dense_jacobian(const ns_dense *net, int32_t columns, float *values, fl
     spare = swap;
     if (n) values -= net->layers[n - 1].outs;
   }
+  for (int32_t r = 0; r < rows; r++) to_units(net->layers, 0, columns, jacobian + r * columns);
   return jacobian;
 }

@@ -15,12 +15,12 @@ extern "C" {
 enum { NS_LINEAR, NS_RELU, NS_TANH, NS_SIGMOID, NS_ELU };
 
 /* One layer, outs = f(weight * ins + bias). `weight` is (outs, ins) in rows; when it is NULL the weights are
- * codes * scale, 8 bits each with one scale an output. */
+ * codes * scale, 8 bits each with one scale an output, and the first layer's inputs are multiplied by `unit` before. */
 typedef struct {
   int32_t ins, outs, activation;
   const float *weight, *bias;
   const int8_t *codes;
-  const float *scale;
+  const float *scale, *unit;
 } ns_layer;
 
 typedef struct {
@@ -33,11 +33,12 @@ float ns_tanh(float x);
 float ns_activate(int32_t activation, float x);
 
 /* out[outs of the first layer] = sums + what the inputs [from, from + n), x, add to the first layer; sums may be NULL. So
- * the part of inputs that stay is added up once. */
-void ns_dense_add(const ns_dense *net, int32_t from, int32_t n, const float *x, const float *sums, float *out);
+ * the part of inputs that stay is added up once. x is left in the layer's units, out is not sums. */
+void ns_dense_add(const ns_dense *net, int32_t from, int32_t n, float *x, const float *sums, float *out);
 
-/* All outputs into `values`, layer after layer, from `sums` and the inputs [from, from + n). Returns the last layer's. */
-const float *ns_dense_forward(const ns_dense *net, int32_t from, int32_t n, const float *x, const float *sums, float *values);
+/* All outputs into `values`, layer after layer, from `sums` and the inputs [from, from + n), which are left in the first
+ * layer's units. Returns the last layer's. */
+const float *ns_dense_forward(const ns_dense *net, int32_t from, int32_t n, float *x, const float *sums, float *values);
 
 /* d outputs / d the first `columns` inputs, (outs, columns), at the pass that left `values`, which are used up. `jacobian`
  * and `spare` each hold outs rows of the widest layer or of `columns`, whichever is more; returns the one with the result. */

@@ -28,7 +28,7 @@ static Layout layout(const ns_mpc_config *c, float *work) {
   TAKE(values, c->last * w.units);
   TAKE(jacobian, p * widest);
   TAKE(spare, p * widest);
-  TAKE(inputs, inputs);
+  TAKE(inputs, inputs > c->sensors ? inputs : c->sensors);
   TAKE(slopes, c->last * p * n);
   TAKE(weighted, c->last * p * n);
   TAKE(gradient, n);
@@ -270,8 +270,9 @@ float ns_mpc_step(ns_mpc *mpc, const float *y, const float *sensors, const float
       w.outputs[(c->output_past - 1) * p + k] = y[k];
       w.bias[k] += c->correction * (y[k] - w.foreseen[k]);
     }
-  const int32_t moving = c->control_past * m + c->output_past * p;
-  ns_dense_add(c->net, moving, sensors ? c->sensors : 0, sensors, 0, w.sums);
+  const int32_t moving = c->control_past * m + c->output_past * p, count = sensors ? c->sensors : 0;
+  if (count) memcpy(w.inputs, sensors, (size_t)count * sizeof(float));
+  ns_dense_add(c->net, moving, count, w.inputs, 0, w.sums);
   for (int32_t start = 0; start < c->starts; start++) {
     if (start == 0) { /* the plan of the last tick, one tick on */
       for (int32_t a = 0; a < n; a++) w.plan[a] = w.kept[a + m < n ? a + m : a];

@@ -80,11 +80,14 @@ def hum(x: np.ndarray, fs: float) -> dict[int, float]:
     }  # fmt: skip
 
 
-def condition(x: np.ndarray, fs: float, mains: tuple[int, ...] | None = None) -> np.ndarray:
-    """(N,) mV at `fs` -> mV at 250 Hz, 0.5 to 40 Hz, zero phase. `mains` = hum to notch out (None: measured here)."""
-    if mains is None:
-        mains = tuple(f for f, a in hum(x, fs).items() if a > HUM)
+def at_250(x: np.ndarray, fs: float, mains: tuple[int, ...]) -> np.ndarray:
+    """(N,) mV at `fs` -> mV at 250 Hz without hum at the frequencies `mains`, all other frequencies kept."""
     y = resample(x, fs)
     for f in mains:
         y = zero_phase(y, str(f))
-    return zero_phase(y, "band")
+    return y
+
+
+def condition(x: np.ndarray, fs: float) -> np.ndarray:
+    """(N,) mV at `fs` -> mV at 250 Hz, 0.5 to 40 Hz, zero phase, without what hum was found."""
+    return zero_phase(at_250(x, fs, tuple(f for f, a in hum(x, fs).items() if a > HUM)), "band")

@@ -7,13 +7,13 @@ another shape, has NaN there and a reason, so that all arrays have one row per R
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from netsuke.apps.signals.ecg import network, quality
 from netsuke.apps.signals.ecg.beats import BEFORE, LIKE, Beat, best_shifts, representative
-from netsuke.apps.signals.ecg.conditioning import HUM, RATE, condition, hum
+from netsuke.apps.signals.ecg.conditioning import HUM, at_250, hum, zero_phase
 from netsuke.apps.signals.ecg.network import MARKS
 from netsuke.apps.signals.ecg.rpeaks import detect
 from netsuke.errors import NetsukeError
@@ -44,12 +44,10 @@ class Delineation:
     flags: list[str]
 
 
-def delineate(
-    x: np.ndarray, fs: float, method: str = "netsuke", weights: str = "default", *, mains: tuple[int, ...] | None = None
-) -> Delineation:
+def delineate(x: np.ndarray, fs: float, method: str = "netsuke", weights: str = "default") -> Delineation:
     """Marks of one lead `x` (N,) in mV at `fs` Hz, a stretch of 2 to 60 seconds (longer ones: pipeline.analyse).
 
-    `method` "netsuke" or "released" (released.py); `weights` names those of the network; `mains` as in `condition`.
+    `method` "netsuke" or "released" (released.py); `weights` names those of the network.
     Bad signal gives NaN with reasons. Raises NetsukeError for an unknown method.
     """
     if method not in METHODS:
@@ -59,9 +57,8 @@ def delineate(
     if fatal:
         return nothing(np.zeros(0), np.zeros(0, np.int64), flags, fatal)
     raw = bridged(x)
-    if mains is None:
-        mains = tuple(f for f, a in hum(raw, fs).items() if a > HUM)
-    y = condition(raw, fs, mains)
+    whole = at_250(raw, fs, tuple(f for f, a in hum(raw, fs).items() if a > HUM))
+    y = zero_phase(whole, "band")
     if method == "released":
         from netsuke.apps.signals.ecg.released import peaks_and_marks
 
@@ -69,7 +66,7 @@ def delineate(
     else:
         peaks, found = detect(y), None
     beat = representative(y, peaks) if len(peaks) >= 2 else None
-    flags += quality.of_beats(y, peaks, beat)
+    flags += quality.of_beats(whole, peaks, beat)
     fatal = next((f for f in flags if f in ("noise only", "short")), None)
     if beat is None or fatal:
         return nothing(y, peaks, flags, fatal or "short")
@@ -161,8 +158,3 @@ def single_beats(
         for i in np.flatnonzero(same & ~good):
             said[i].append(f"{name} beyond the record" if np.isnan(fit[i]) else f"no {name} like the typical one")
     return out, ["; ".join(s) for s in said]
-
-
-def at_rate(d: Delineation, fs: float) -> Delineation:
-    """The same with `peaks` and `per_beat` in samples at `fs` instead of 250 Hz."""
-    return replace(d, peaks=np.rint(d.peaks * fs / RATE).astype(np.int64), per_beat=d.per_beat * fs / RATE)

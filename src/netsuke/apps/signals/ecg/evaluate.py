@@ -103,7 +103,7 @@ def table(rows: list[Marked], answers: list[np.ndarray], spreads: list[np.ndarra
     out: dict[str, Any] = {}
     for j, name in enumerate(INTERVALS):
         out[name] = agreement(got[:, j], want[:, j], np.array(spreads)[:, j] if spreads is not None else None)
-    bazett = np.vectorize(QTC["Bazett"])
+    bazett = QTC["Bazett"]
     out["QTc"] = agreement(bazett(got[:, 2], got[:, 3]), bazett(want[:, 2], want[:, 3]))
     known = np.array([m.av_block is not None for m in rows]) & np.isfinite(want[:, 0])
     if known.any():

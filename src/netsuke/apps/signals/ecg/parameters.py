@@ -21,11 +21,12 @@ from netsuke.apps.signals.ecg.delineate import P, T, level_before
 
 MS = 1000 / RATE
 LOBE = 0.05  # mV: a smaller lobe of P or T is ignored
+DOUBTFUL = ("paced", "inverted", "missing in part", "short", "brisk", "fibrillation")  # make an interval fair at best
 FAIR, POOR = 30.0, 50.0  # ms of plus_minus from which an interval is only fair, or poor
 PARTS = {"PR": (0, 3), "QRS": (3, 4), "QT": (3, 7), "P duration": (0, 2), "T duration": (5, 7)}
 NEEDS = {"PR": ("P", "QRS"), "QRS": ("QRS",), "QT": ("QRS", "T"), "P duration": ("P",), "T duration": ("T",)}
 QTC: dict[str, Callable[[float, float], float]] = {
-    "Bazett": lambda qt, rr: qt / math.sqrt(rr),
+    "Bazett": lambda qt, rr: qt / rr**0.5,
     "Fridericia": lambda qt, rr: qt / rr ** (1 / 3),
     "Framingham": lambda qt, rr: qt + 154 * (1 - rr),
     "Hodges": lambda qt, rr: qt + 1.75 * (60 / rr - 60),
@@ -55,7 +56,7 @@ def grade(plus_minus: float, flags: list[str]) -> str:
     """Quality of an interval. An unknown spread (the released method knows none) is fair at best."""
     if plus_minus >= POOR or any(f in flags for f in quality.SEVERE):
         return "poor"
-    if not plus_minus < FAIR or any(f in flags for f in ("paced", "inverted", "missing in part", "short")):
+    if not plus_minus < FAIR or any(f in flags for f in DOUBTFUL):
         return "fair"
     return "good"
 

@@ -17,7 +17,7 @@ from netsuke.apps.signals.ecg.pipeline import Analysis, Segment
 
 MM = 4.0  # units of the drawing per millimetre of paper
 SECOND, MILLIVOLT = 25 * MM, 10 * MM
-STRIP = 10.0  # s per picture of the trace
+ROW = 5.0  # s per row of the trace
 COLOURS = {"P": "#2a6f97", "QRS": "#9b2226", "T": "#588157"}
 SPANS = (("P", 0, 2), ("QRS", 3, 4), ("T", 5, 7))
 
@@ -45,28 +45,34 @@ def picture(width: float, height: float, inside: list[str], title: str) -> str:
 
 
 def trace(a: Analysis) -> str:
-    """Ten seconds of the typical stretch with R, and P, QRS and T of every beat as bars above the trace."""
+    """Ten seconds of the typical stretch in two rows, with R, and P, QRS and T of every beat as bars above the trace."""
     d, s = a.typical.delineation, a.typical
     if not len(d.x):
         return ""
     offset = round((s.start - start_of(s)) * RATE)
-    x = d.x[offset : offset + round(STRIP * RATE)]
-    high = float(np.clip(np.max(x), 0.5, 4)) + 0.4
-    low = float(np.clip(np.min(x), -4, -0.3)) - 0.2
-    width, height = len(x) / RATE * SECOND, (high - low) * MILLIVOLT
+    x = d.x[offset : offset + 2 * round(ROW * RATE)]
+    high, low = float(np.clip(x.max(), 0.5, 4)) + 0.4, float(np.clip(x.min(), -4, -0.3)) - 0.2
+    rows = [row(a, k * ROW, x[round(k * ROW * RATE) :][: round(ROW * RATE)], low, high) for k in (0, 1)]
+    return "".join(rows)
+
+
+def row(a: Analysis, begin: float, x: np.ndarray, low: float, high: float) -> str:
+    """One row of the trace, from `begin` seconds after the start of the typical stretch."""
+    if len(x) < RATE / 2:
+        return ""
+    s, width, height = a.typical, ROW * SECOND, (high - low) * MILLIVOLT
+    first = s.start + begin
     inside = [paper(width, height)]
-    t = np.arange(len(x)) / RATE * SECOND
-    inside.append(curve(t, (high - np.clip(x, low, high)) * MILLIVOLT))
-    for row, r in zip(s.marks, s.r):
-        for name, first, last in SPANS:
-            start, end = ((row[k] - s.start) * SECOND for k in (first, last))
-            if np.isfinite(start) and np.isfinite(end) and end < width:
-                inside.append(
-                    f'<rect x="{start:.1f}" y="3" width="{end - start:.1f}" height="6" rx="2" fill="{COLOURS[name]}"/>'
-                )
-        if 0 <= (at := (r - s.start) * SECOND) <= width:
+    inside.append(curve(np.arange(len(x)) / RATE * SECOND, (high - np.clip(x, low, high)) * MILLIVOLT))
+    for marks, r in zip(s.marks, s.r):
+        for name, on, off in SPANS:
+            start, end = ((marks[k] - first) * SECOND for k in (on, off))
+            if start >= 0 and end <= width:
+                bar = f'width="{end - start:.1f}" height="6" rx="2" fill="{COLOURS[name]}"'
+                inside.append(f'<rect x="{start:.1f}" y="3" {bar}/>')
+        if 0 <= (at := (r - first) * SECOND) <= width:
             inside.append(f'<path d="M{at - 3:.1f} 12h6l-3 6z" fill="#1b1b1b"/>')
-    return picture(width, height, inside, f"{STRIP:g} s of lead {a.lead} from second {s.start:g}, 25 mm/s, 10 mm/mV")
+    return picture(width, height, inside, f"lead {a.lead} from second {first:g}, 25 mm/s, 10 mm/mV")
 
 
 def start_of(s: Segment) -> float:

@@ -14,7 +14,7 @@ from netsuke.apps.signals.ecg.conditioning import RATE, hum, zero_phase
 FATAL = ("missing", "flat", "noise only")
 SENTENCES = {
     "missing": "samples are missing or not finite",
-    "flat": "the lead is flat: an electrode is off or the channel is empty",
+    "flat": "the lead is flat: an electrode is off, the channel is empty, or V were taken for mV",
     "partly flat": "the lead is flat for part of the time",
     "clipped": "the tops of the waves are cut off at the recorder's limit",
     "mains": "mains hum was found and filtered out",
@@ -28,13 +28,14 @@ SENTENCES = {
     "paced": "pacing spikes",
     "extrasystoles": "beats of another shape or out of rhythm were left out of the typical beat",
     "fast": "at this rate the waves overlap",
+    "brisk": "above 120 a minute T and P begin to touch",
     "short": "fewer than three beats",
 }
 SEVERE = ("clipped", "noisy", "partly flat", "fast", "unit")  # these make the intervals' quality "poor"
 HUM_FLAG = 0.03  # mV
 FLAT = 0.005  # mV peak to peak within a second
 NOISE_FLAG = 0.09  # spread between aligned beats over the height of the QRS
-FASTEST_RR = 0.36  # s: 167 a minute; T and the next P lie on each other
+FASTEST_RR, BRISK_RR = 0.36, 0.5  # s: at 167 a minute T and the next P lie on each other, from 120 on they touch
 
 
 def of_signal(x: np.ndarray, fs: float) -> list[str]:
@@ -91,7 +92,7 @@ def pacing_spikes(x: np.ndarray, fs: float, peaks: np.ndarray) -> bool:
     edge[width:-width] = x[width:-width] - 0.5 * (x[: -2 * width] + x[2 * width :])  # a peak over both its sides
     size, found = np.median(np.abs(edge)) / 0.6745 + 1e-6, 0
     for p in peaks * fs / RATE:
-        low, high = int(p - 0.12 * fs), int(p + 0.01 * fs)
+        low, high = int(p - 0.2 * fs), int(p + 0.01 * fs)
         if low < 0:
             continue
         part = np.abs(edge[low:high])
@@ -107,7 +108,7 @@ def irregularity(rr: np.ndarray) -> float:
 
 
 def of_beats(x: np.ndarray, peaks: np.ndarray, beat: Beat | None) -> list[str]:
-    """Flags of a conditioned lead whose R `peaks` and representative `beat` are known."""
+    """Flags of a lead at 250 Hz, its high frequencies kept, whose R `peaks` and representative `beat` are known."""
     if beat is None:
         return ["short" if len(peaks) < 3 else "noise only"]
     flags = []
@@ -126,8 +127,8 @@ def of_beats(x: np.ndarray, peaks: np.ndarray, beat: Beat | None) -> list[str]:
     rr = np.diff(peaks) / RATE
     if irregularity(rr) > 0.09:
         flags.append("irregular")
-    if beat.rr < FASTEST_RR:
-        flags.append("fast")
+    if beat.rr < BRISK_RR:
+        flags.append("fast" if beat.rr < FASTEST_RR else "brisk")
     if len(peaks) < 3:
         flags.append("short")
     return flags

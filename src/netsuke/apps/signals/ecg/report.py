@@ -78,7 +78,14 @@ def tables(a: Analysis) -> list[tuple[str, list[tuple[str, Cell]]]]:
     out = [("Waves", shape_rows(a.shapes) + rest), ("Screening (95 % interval)", screening_rows(a.screening))]
     if a.leads:
         out.append(("Across leads", [(k, cell(v)) for k, v in a.leads.items() if isinstance(v, Value)]))
-    out.append(("Variability", [(k, cell(v)) for k, v in a.variability.items()]))
+    given = [(k, cell(v)) for k, v in a.variability.items() if v.value is not None]
+    absent = {v.reason: k for k, v in a.variability.items() if v.value is None}
+    if absent:  # what the record is too short for is one line, not twenty
+        count = sum(v.value is None for v in a.variability.values())
+        given.append(
+            (f"{count} more", Cell("–", "none", next(iter(absent)) if len(absent) == 1 else "a longer record"))
+        )
+    out.append(("Variability", given))
     return [(title, rows) for title, rows in out if rows]
 
 
@@ -102,10 +109,6 @@ def text(a: Analysis) -> str:
     groups = [("", [(k, cell(a.values[k])) for k in FIRST if k in a.values]), *tables(a)]
     for title, rows in groups:
         lines += ["", title] if title else [""]
-        if title == "Variability":  # what is too short for this record is one line, not twenty
-            absent = [n for n, c in rows if c.quality == "none"]
-            rows = [(n, c) for n, c in rows if c.quality != "none"]
-            rows += [("not given", Cell("–", "none", f"{len(absent)} measures need a longer record"))] if absent else []
         width = max((len(n) for n, _ in rows), default=0)
         wide = max((len(c.text) for _, c in rows), default=0)
         lines += [f"  {n:<{width}}  {c.text:>{min(wide, 40)}}  {c.note}".rstrip() for n, c in rows]
@@ -143,7 +146,7 @@ def sheet(a: Analysis, path: Path) -> None:
 
     d, figure = a.typical.delineation, plt.figure(figsize=(11.7, 8.3))
     figure.suptitle(f"{a.name}, lead {a.lead}: {headline(a)}", x=0.05, ha="left")
-    top = figure.add_axes((0.05, 0.56, 0.92, 0.34))
+    top = figure.add_axes((0.06, 0.56, 0.92, 0.34))
     x = d.x[: 10 * 250]
     top.plot(np.arange(len(x)) / 250, x, "k", lw=0.8)
     for row in d.per_beat / 250:
@@ -152,7 +155,7 @@ def sheet(a: Analysis, path: Path) -> None:
                 top.axvspan(row[first], row[last], color=pictures.COLOURS[name], alpha=0.18, lw=0)
     top.set(xlabel="s", ylabel="mV", xlim=(0, max(1, len(x) / 250)))
     if d.beat is not None:
-        left = figure.add_axes((0.05, 0.08, 0.4, 0.38))
+        left = figure.add_axes((0.06, 0.08, 0.38, 0.38))
         left.plot((np.arange(len(d.beat.wave)) - BEFORE) * 4, d.beat.wave, "k", lw=1.2)
         for k, m in enumerate(d.marks):
             name = "P" if k < 3 else "QRS" if k < 5 else "T"
@@ -160,9 +163,9 @@ def sheet(a: Analysis, path: Path) -> None:
                 left.axvline(4 * m, color=pictures.COLOURS[name], lw=1)
         left.set(xlabel="ms from R", ylabel="mV")
     rows = [(k, cell(a.values[k])) for k in FIRST if k in a.values]
-    words = "\n".join(f"{n:<15} {c.text:>18}  {c.note[:52]}" for n, c in rows)
-    flags = "\n".join(f"! {w}{s}" for w, s in flag_lines(a))
-    figure.text(0.49, 0.45, f"{words}\n\n{flags}", family="monospace", size=8, va="top")
+    words = "\n".join(f"{n:<15} {c.text:>18}  {c.note[:40]}" for n, c in rows)
+    flags = "\n".join(f"! {w[:70]}{s}" for w, s in flag_lines(a))
+    figure.text(0.49, 0.45, f"{words}\n\n{flags}", family="monospace", size=9, va="top")
     figure.savefig(path, format="pdf", metadata={"CreationDate": None})
     plt.close(figure)
 
