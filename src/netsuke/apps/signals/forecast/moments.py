@@ -1,0 +1,195 @@
+"""MixLinear without gradients: one pass over the data leaves two small matrices, and both paths follow from them.
+
+Without smoothing every window of a series, centred by its look-back's mean, gives w pairs (x, y) of n and m values, one a phase:
+
+    Sxx = sum x x'  (n, n),   Sxy = sum x y'  (n, m),   loss(M) = tr(M Sxx M') - 2 tr(M Sxy) + Syy
+
+is all that training can know. 4 (n^2 + n m) bytes in single precision, 4 kB for a look-back of 30 days and a horizon of 4.
+New rows add to them exactly; a forgetting factor per row lets old windows fade.
+
+time path       alternating least squares: with A2 fixed, each row of A1 is a p x p solve, and the other way round
+frequency path  reduced-rank regression (Izenman, 1975) on the first bins' cosines and sines: real rank 2, which the complex
+                rank 2 contains; the complex weights that give exactly this matrix are returned
+both            in turns, each on what the other leaves
+
+When to use it: always first. When not: with smoothing, whose taps need moments of every lag; Adam starts from these then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from netsuke.apps.signals.forecast.fold import Array, Shape, frequency_matrix, inverse, spectrum, time_matrix
+
+RIDGE = 1e-6  # of the mean diagonal: a solve must not fail on constant phases, and must not be seen in a forecast
+
+
+@dataclass
+class Moments:
+    """Second moments of all windows seen so far, and the last rows, which the next window needs.
+
+    forget   factor per row in (0, 1]; 1 keeps everything
+    """
+
+    shape: Shape
+    channels: int
+    forget: float = 1.0
+    sxx: Array = field(init=False)
+    sxy: Array = field(init=False)
+    syy: float = 0.0
+    weight: float = 0.0  # pairs times values each: the loss per value is loss / weight
+    tail: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        n, m = self.shape.n, self.shape.m
+        self.sxx, self.sxy, self.tail = np.zeros((n, n)), np.zeros((n, m)), np.zeros((0, self.channels))
+
+    @property
+    def bytes(self) -> int:
+        """What a chip keeps of it in single precision."""
+        return 4 * (self.sxx.size + self.sxy.size)
+
+    def update(self, rows: Array) -> int:
+        """Adds rows (T, channels) in time order, already scaled per channel; returns how many windows they completed."""
+        x = np.concatenate([self.tail, np.asarray(rows, np.float64)])
+        windows = len(x) - self.shape.window + 1
+        if windows > 0:
+            self._fade(self.forget**windows)
+            for channel in x.T:
+                self._add(channel, windows)
+        self.tail = x[-(self.shape.window - 1) :].copy()
+        return max(windows, 0)
+
+    def _fade(self, factor: float) -> None:
+        self.sxx *= factor
+        self.sxy *= factor
+        self.syy *= factor
+        self.weight *= factor
+
+    def _add(self, x: Array, windows: int) -> None:
+        """All windows of one channel. A phase's pair begins at row s and is part of the w windows that begin at s - w + 1 … s,
+        which differ in their means only: sums of these (weighted by age) replace the sum over windows."""
+        s = self.shape
+        w, total = s.period, np.concatenate([[0.0], np.cumsum(x)])
+        mean = (total[s.lookback :] - total[: -s.lookback])[:windows] / s.lookback
+        age = self.forget ** np.arange(windows - 1, -1, -1.0)
+        ones = np.ones(w)
+        count, first, second = (np.convolve(age * mean**k, ones) for k in range(3))  # by s, (windows + w - 1)
+        pairs = np.lib.stride_tricks.sliding_window_view(x, (s.n + s.m - 1) * w + 1)[:, ::w][: len(count)]
+        a, b = pairs[:, : s.n], pairs[:, s.n :]
+        weighted, u, v = a * count[:, None], first @ a, first @ b
+        self.sxx += a.T @ weighted - (u[:, None] + u) + second.sum()
+        self.sxy += weighted.T @ b - (u[:, None] + v) + second.sum()
+        self.syy += float(np.sum(b * b * count[:, None]) - 2 * v.sum() + second.sum() * s.m)
+        self.weight += float(count.sum()) * s.m
+
+    def mse(self, matrix: Array) -> float:
+        """Mean squared error of the forecast with `matrix` (m, n) over all windows seen, in scaled units."""
+        loss = np.sum((matrix @ self.sxx) * matrix) - 2 * np.sum(matrix * self.sxy.T) + self.syy
+        return float(loss / self.weight)
+
+
+def ridged(sxx: Array) -> Array:
+    return sxx + RIDGE * np.trace(sxx) / len(sxx) * np.eye(len(sxx))
+
+
+def least_squares(moments: Moments) -> Array:
+    """(m, n): the best matrix without any structure."""
+    return np.linalg.solve(ridged(moments.sxx), moments.sxy).T
+
+
+def loss(matrix: Array, sxx: Array, sxy: Array) -> float:
+    """Up to Syy."""
+    return float(np.sum((matrix @ sxx) * matrix) - 2 * np.sum(matrix * sxy.T))
+
+
+def sweep(a1: Array, a2: Array, sxx: Array, sxy: Array, shape: Shape) -> tuple[Array, Array]:
+    """One round of alternating least squares: A1 given A2, then A2 given A1.
+
+    Output (a, b) = a q + b exists for a q + b < m; input (c, d) = c p + d for c p + d < n, the others are zeros.
+    """
+    p, q = shape.p, shape.q
+    full, cross = np.zeros((p * p, p * p)), np.zeros((p * p, q * q))
+    full[: shape.n, : shape.n], cross[: shape.n, : shape.m] = sxx, sxy
+    full, cross = full.reshape(p, p, p, p), cross.reshape(p, p, q, q)
+    there = (np.arange(q * q) < shape.m).reshape(q, q)  # (a, b)
+    gram = np.einsum("ac,ae,cdef->adf", a2, a2, full, optimize=True)
+    right = np.einsum("ac,cdab->abd", a2, cross, optimize=True)
+    a1 = _rows(a1, np.einsum("ab,adf->bdf", there, gram), np.einsum("ab,abd->bd", there, right))
+    gram = np.einsum("bd,bf,cdef->bce", a1, a1, full, optimize=True)
+    right = np.einsum("bd,cdab->abc", a1, cross, optimize=True)
+    a2 = _rows(a2, np.einsum("ab,bce->ace", there, gram), np.einsum("ab,abc->ac", there, right))
+    return a1, a2
+
+
+def _rows(old: Array, gram: Array, right: Array) -> Array:
+    """A solve per row, with a ridge; rows of nothing stay."""
+    p = old.shape[1]
+    out = old.copy()
+    for k, (g, r) in enumerate(zip(gram, right)):
+        if np.trace(g) > 0:
+            out[k] = np.linalg.solve(g + RIDGE * np.trace(g) / p * np.eye(p), r)
+    return out
+
+
+def fit_time(
+    sxx: Array, sxy: Array, shape: Shape, *, starts: int = 6, sweeps: int = 300, seed: int = 0,
+    start: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(A1, A2) of the least loss of `starts` random starts (or from `start`); a start ends when a sweep gains < 1e-9 of it."""
+    rng = np.random.default_rng(seed)
+    best, least = None, np.inf
+    for _ in range(1 if start is not None else starts):
+        a1, a2 = start if start is not None else rng.normal(size=(2, shape.q, shape.p))
+        before = np.inf
+        for _ in range(sweeps):
+            a1, a2 = sweep(a1, a2, sxx, sxy, shape)
+            now = loss(time_matrix(a1, a2, shape), sxx, sxy)
+            if before - now < 1e-9 * abs(now):
+                break
+            before = now
+        if now < least:
+            best, least = (a1, a2), now
+    norm = np.sqrt(np.linalg.norm(best[0]) / np.linalg.norm(best[1]))  # both of one size: the product is what counts
+    return best[0] / norm, best[1] * norm
+
+
+def fit_frequency(sxx: Array, sxy: Array, shape: Shape, lpf: int, rank: int = 2) -> tuple[Array, Array]:
+    """Complex (W1, W2) of the best matrix of real rank `rank` whose rows are made of the first `lpf` bins."""
+    bins = min(lpf, shape.n // 2 + 1)  # the bins above mirror those below
+    e = spectrum(shape, bins)
+    sines = [k for k in range(bins) if 0 < k < shape.n - k]
+    basis = np.concatenate([e.real, e.imag[sines]]).T  # (n, d)
+    c = np.linalg.cholesky(ridged(basis.T @ sxx @ basis))
+    white = np.linalg.solve(c, basis.T @ sxy)  # (d, m)
+    u, s, v = np.linalg.svd(white, full_matrices=False)
+    rank = min(rank, len(s))
+    inner = np.linalg.solve(c.T, u[:, :rank] * np.sqrt(s[:rank])).T  # (rank, d)
+    outer = v[:rank].T * np.sqrt(s[:rank])  # (m, rank)
+    w1, w2 = np.zeros((2, lpf), complex), np.zeros((shape.m, 2), complex)
+    w1[:rank, :bins] = inner[:, :bins]
+    w1[:rank, sines] -= 1j * inner[:, bins:]  # Re(w e) = Re w Re e - Im w Im e
+    w2[:, :rank] = np.linalg.solve(inverse(shape), outer.astype(complex))
+    return w1, w2
+
+
+def fit_both(
+    moments: Moments, alpha: float, lpf: int, *, rounds: int = 10, seed: int = 0
+) -> tuple[Array, Array, Array, Array]:
+    """(A1, A2, W1, W2) for y = alpha time + (1 - alpha) frequency: the two in turns, each on what the other leaves."""
+    s, sxx, sxy = moments.shape, moments.sxx, moments.sxy
+    a1, a2 = fit_time(sxx, sxy, s, seed=seed)
+    w1, w2 = fit_frequency(sxx, sxy, s, lpf)
+    if alpha == 1:
+        return a1, a2, np.zeros_like(w1), np.zeros_like(w2)
+    if alpha == 0:
+        return np.zeros_like(a1), np.zeros_like(a2), w1, w2
+    w2 = w2 * 0.0
+    for _ in range(rounds):
+        time = time_matrix(a1, a2, s)
+        w1, w2 = fit_frequency(sxx, sxy - sxx @ time.T, s, lpf)
+        left = sxy - sxx @ frequency_matrix(w1, w2, s).T
+        a1, a2 = fit_time(sxx, left, s, sweeps=30, start=(a1, a2))
+    return a1, a2 / alpha, w1, w2 / (1 - alpha)

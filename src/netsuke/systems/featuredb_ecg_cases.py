@@ -1,0 +1,197 @@
+"""Cases of the FeatureDB-ECG claims: LUDB judged by folds, R peaks of MIT-BIH 100, and signals spoiled on purpose.
+
+A spoiled case is a row of counts: how many values were graded good, fair or poor, how many were refused with a reason,
+and how many were confidently wrong: graded good and off by more than `TOLERANCE`. The clean signal is a row like any
+other, since an honest grade has its misses there too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from netsuke.apps.signals.ecg import evaluate, synthetic, wfdb
+from netsuke.apps.signals.ecg.parameters import Value
+from netsuke.apps.signals.ecg.pipeline import Analysis, analyse
+from netsuke.apps.signals.ecg.record import of_array
+from netsuke.apps.signals.ecg.reference import LUDB, Marked, fold_weights, ludb
+from netsuke.data.catalogue import find
+
+MITDB = "featuredb-ecg/wfdb-sample/100.hea"
+LEADS = ("I", "II")
+TOLERANCE = {
+    "heart rate": 5.0,
+    "PR": 40.0,
+    "QRS": 40.0,
+    "QT": 60.0,
+}  # /min and ms: twice the spread of two cardiologists
+RATES = (30, 45, 60, 80, 100, 120, 140, 160, 180, 200, 220)
+__all__ = ["LEADS", "LUDB", "MITDB"]
+
+
+@functools.cache
+def people(lead: str, quick: bool) -> tuple[Marked, ...]:
+    rows = ludb(lead)
+    return tuple(rows[::5] if quick else rows)
+
+
+@functools.cache
+def judged(lead: str, method: str, quick: bool) -> dict[str, Any]:
+    """Agreement of a method with LUDB's marks on one lead; the network never saw the person it marks."""
+    return evaluate.judge(people(lead, quick), method, fold_weights)
+
+
+@functools.cache
+def shuffled(lead: str, quick: bool) -> dict[str, Any]:
+    """The control: every person is given the answers for another one."""
+    rows = people(lead, quick)
+    answers = [np.append(r["found"], 1.0) for r in judged(lead, "netsuke", quick)["rows"]]
+    order = np.random.default_rng(0).permutation(len(rows))
+    return evaluate.table(list(rows), [answers[i] for i in order])
+
+
+@functools.cache
+def mit_peaks(quick: bool) -> dict[str, float]:
+    """Sensitivity and predictivity on record 100 of MIT-BIH (the first five minutes if quick)."""
+    path = find(MITDB)
+    record, wanted = wfdb.read_wfdb(path), wfdb.read_annotations(path.with_suffix(".atr")).beats
+    stop = round(300 * record.fs) if quick else record.samples
+    got = analyse(of_array(record.millivolts(0, 0, stop), record.fs), across=False)
+    hits, misses, false = evaluate.matched(got.r * record.fs, wanted[wanted < stop], record.fs)
+    return {"beats": hits + misses, "sensitivity": hits / (hits + misses), "predictivity": hits / (hits + false)}
+
+
+@dataclass
+class Row:
+    """Counts of one spoiled case over its signals and the four values."""
+
+    case: str
+    grades: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("good", "fair", "poor", "refused"), 0))
+    wrong: int = 0
+    unexplained: int = 0
+    flags: dict[str, int] = field(default_factory=dict)
+    worst: list[str] = field(default_factory=list)
+
+    def add(self, got: Analysis, truth: dict[str, float], name: str) -> None:
+        """`truth` per value; NaN: there is nothing to measure, so any answer graded good is wrong."""
+        for key, true in truth.items():
+            v: Value = got.values[key]
+            self.grades[v.quality if v.value is not None else "refused"] += 1
+            self.unexplained += v.value is None and not v.reason
+            if v.value is not None and v.quality == "good" and not abs(float(v.value) - true) <= TOLERANCE[key]:
+                self.wrong += 1
+                self.worst.append(f"{name}: {key} {float(v.value):.0f}, true {true:.0f}")
+        for f in got.flags:
+            self.flags[f] = self.flags.get(f, 0) + 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "worst": self.worst[:6]}
+
+
+def hum(f: float, size: float) -> Callable:
+    return lambda x, fs, rng: x + size * np.sin(2 * np.pi * f * np.arange(len(x)) / fs + rng.uniform(0, 6))
+
+
+def wander(x: np.ndarray, fs: float, rng: np.random.Generator) -> np.ndarray:
+    t = np.arange(len(x)) / fs
+    return x + sum(a * np.sin(2 * np.pi * f * t + rng.uniform(0, 6)) for a, f in ((1.0, 0.15), (0.4, 0.31)))
+
+
+def muscle(decibel: float) -> Callable:
+    """White noise below the signal's power by so many decibels (the signal: 0.5 to 40 Hz, without its baseline)."""
+
+    def spoil(x: np.ndarray, fs: float, rng: np.random.Generator) -> np.ndarray:
+        power = float(np.var(x - np.median(x)))
+        return x + rng.normal(0, np.sqrt(power / 10 ** (decibel / 10)), len(x))
+
+    return spoil
+
+
+def clipped(x: np.ndarray, fs: float, rng: np.random.Generator) -> np.ndarray:
+    low, high = np.quantile(x, (0.01, 0.99))
+    return np.clip(x, 0.5 * low, 0.5 * high)
+
+
+def lead_off(share: float) -> Callable:
+    """The electrode falls off for the last `share` of the record."""
+
+    def spoil(x: np.ndarray, fs: float, rng: np.random.Generator) -> np.ndarray:
+        out = x.copy()
+        out[round((1 - share) * len(x)) :] = 0.0
+        return out
+
+    return spoil
+
+
+SPOILED: dict[str, Callable] = {
+    "clean": lambda x, fs, rng: x,
+    "mains hum 50 Hz, 0.2 mV": hum(50, 0.2),
+    "mains hum 60 Hz, 0.2 mV": hum(60, 0.2),
+    "baseline wander 1.4 mV": wander,
+    "noise, 6 dB": muscle(6),
+    "noise, 0 dB": muscle(0),
+    "clipped at half height": clipped,
+    "lead off for a third": lead_off(1 / 3),
+    "inverted": lambda x, fs, rng: -x,
+    "samples missing (5 %)": lambda x, fs, rng: np.where(rng.random(len(x)) < 0.05, np.nan, x),
+    "µV taken for mV": lambda x, fs, rng: 1000 * x,
+    "V taken for mV": lambda x, fs, rng: x / 1000,
+}
+NOTHING: dict[str, Callable] = {
+    "lead off": lambda n, rng: np.zeros(n),
+    "white noise": lambda n, rng: rng.normal(0, 0.3, n),
+    "mains hum alone": lambda n, rng: np.sin(2 * np.pi * 50 * np.arange(n) / 500) + rng.normal(0, 0.003, n),
+    "a drifting baseline": lambda n, rng: np.cumsum(rng.normal(0, 0.01, n)),
+}
+
+
+def truth_of(m: Marked) -> dict[str, float]:
+    pr, qrs, qt, rr = m.intervals()
+    return {"heart rate": 60 / rr, "PR": pr, "QRS": qrs, "QT": qt}
+
+
+def steady(m: Marked) -> bool:
+    """Whether the marked rhythm has one rate to be right or wrong about."""
+    rr = np.diff(m.r)
+    return len(rr) > 2 and np.ptp(rr) < 0.3 * np.median(rr)
+
+
+def robustness(quick: bool = False) -> Iterator[Row]:
+    """Spoiled LUDB records (leads I and II by turns, weights of their folds), signals without a heart, made hearts."""
+    step = 20 if quick else 4
+    chosen = [m for i, m in enumerate(zip(ludb("I"), ludb("II"))) if i % step == 0]
+    for case, spoil in SPOILED.items():
+        out, rng = Row(case), np.random.default_rng(1)
+        for i, pair in enumerate(chosen):
+            m = pair[i % 2]
+            if steady(m):
+                got = analyse(of_array(spoil(m.x, m.fs, rng), m.fs, (m.lead,)), weights=fold_weights(m), across=False)
+                out.add(got, truth_of(m), m.name)
+        yield out
+    nothing = dict.fromkeys(TOLERANCE, float("nan"))
+    for case, make in NOTHING.items():
+        out, rng = Row(case), np.random.default_rng(2)
+        for k in range(3 if quick else 20):
+            out.add(analyse(of_array(make(5000, rng), 500.0)), nothing, str(k))
+        yield out
+    yield from hearts(quick)
+
+
+def hearts(quick: bool) -> Iterator[Row]:
+    """Made hearts: 30 to 220 a minute at 250 and 500 Hz, fibrillation, pacing."""
+    count = 1 if quick else 5
+    kinds = [(f"{r} a minute", {"rate": r}) for r in RATES]
+    kinds += [("fibrillation", {"rate": 95, "rhythm": "fibrillation"}), ("paced", {"rate": 70, "rhythm": "paced"})]
+    for case, knobs in kinds:
+        out = Row(f"made heart, {case}")
+        for k in range(count):
+            for fs in (250.0, 500.0):
+                h = synthetic.heart(seconds=20, fs=fs, seed=k, **knobs)
+                rate = 60 / float(np.median(np.diff(h.r)))
+                truth = {"heart rate": rate, "PR": h.pr, "QRS": h.qrs, "QT": h.qt}
+                out.add(analyse(of_array(h.x, fs)), truth, f"{fs:g} Hz")
+        yield out
