@@ -253,10 +253,23 @@ def test_pools(kind, dtype, seed):
             break
     g = graph_of(rng, (1, h, w, c), dtype)
     y = tensor(rng, "y", (1, oh, ow, c), dtype)
-    if kind == "maxpool2d":
+    if kind == "maxpool2d" or seed % 2:
         y.scale, y.zero = g.tensors[0].scale, g.tensors[0].zero
     g.outputs = (g.append(kind, (0,), y, window=(kh, kw), **attrs, **clip(rng, dtype)),)
     agree(g, rng, batch=2, exact=dtype == "int8")
+
+
+def test_halves_of_a_mean_go_away_from_zero():
+    """Where input and output have one scale; with padding, windows of 1, 2 and 4 elements."""
+    g = graph_of(np.random.default_rng(0), (1, 2, 2, 4))
+    y = Tensor("y", (1, 3, 3, 4), "int8", g.tensors[0].scale, g.tensors[0].zero)
+    g.outputs = (g.append("avgpool2d", (0,), y, window=(2, 2), pad=(1, 1, 1, 1)),)
+    x = np.array([[3, -3, 127, -128], [4, -4, 127, -128], [3, -3, 126, -127], [4, -4, 126, -127]], np.int8)
+    for program in (Interpreter(g.check()), HostProgram(g)):
+        out = program.run(x.reshape(1, 2, 2, 4))[0]
+        np.testing.assert_array_equal(out[0, 1, 1], [4, -4, 127, -128])
+        np.testing.assert_array_equal(out[0, 0, 1], [4, -4, 127, -128])
+        np.testing.assert_array_equal(out[0, 0, 0], x[0])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float32"])

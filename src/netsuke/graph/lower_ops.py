@@ -11,7 +11,7 @@ from netsuke.graph.lower import SPARE, Lowering, Pointer, Rule
 from netsuke.graph.ops.base import first, limits
 from netsuke.graph.ops.conv import pointwise, ratios
 from netsuke.graph.ops.elementwise import FUNCTIONS, softmax_table
-from netsuke.graph.ops.shape import pool_counts, pool_multipliers
+from netsuke.graph.ops.shape import one_scale, pool_counts, pool_multipliers
 from netsuke.graph.requant import multipliers, sum_multipliers
 
 BLOCK = 4  # rows (pixels) that the integer kernels work on at once
@@ -257,6 +257,10 @@ def _pool(lowering: Lowering, op: Op) -> None:
     params = _window(op, x, y, *op.attrs["window"]) | _clip(graph, op)
     if op.kind == "maxpool2d" or x.dtype == "float32":
         lowering.call(f"ns_{op.kind}{'_f32' if x.dtype == 'float32' else ''}", params, source, target)
+        return
+    if one_scale(graph, op):
+        params |= {"first": 0, "zx": 0, "zy": 0, "shift": 0}
+        lowering.call("ns_avgpool2d", params, source, Pointer("none"), target)
         return
     m, shift = pool_multipliers(graph, op)
     counts = pool_counts(graph, op)

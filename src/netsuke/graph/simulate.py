@@ -26,7 +26,7 @@ from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import Op, QGraph
 from netsuke.graph.ops.base import limits
 from netsuke.graph.ops.conv import LARGEST_SUM, ratios
-from netsuke.graph.ops.shape import pool_multipliers
+from netsuke.graph.ops.shape import one_scale
 from netsuke.graph.requant import multipliers, sum_multipliers
 
 EXACT = float(1 << 24)  # integers below are exact in float32, whatever the order of a sum
@@ -258,13 +258,13 @@ class _Add(nn.Module):
 class _PoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: _Pool) -> Tensor:
-        total = (x.long() - p.zx).sum((2, 3), keepdim=True)
-        ctx.p, ctx.shape = p, x.shape
-        return (((total * p.m + (1 << (p.shift - 1))) >> p.shift) + p.zy).clamp(-128, 127).float()
+        total = x.long().sum((2, 3), keepdim=True)
+        ctx.count, ctx.shape = p.count, x.shape
+        return (total.sign() * ((total.abs() + p.count // 2) // p.count)).float()
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return (g * ctx.p.ratio).expand(ctx.shape), None
+        return (g / ctx.count).expand(ctx.shape), None
 
 
 class _Pool(nn.Module):
@@ -273,11 +273,8 @@ class _Pool(nn.Module):
     def __init__(self, graph: QGraph, op: Op):
         super().__init__()
         check_pool(graph, op)
-        x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
-        self.zx, self.zy = x.zero, y.zero
-        m, self.shift = pool_multipliers(graph, op)
-        count = x.shape[1] * x.shape[2]
-        self.m, self.ratio = int(m[count]), float(x.scale / y.scale) / count
+        shape = graph.tensors[op.inputs[0]].shape
+        self.count = shape[1] * shape[2]
 
     def forward(self, x: Tensor) -> Tensor:
         return _PoolFunction.apply(x, self)
@@ -286,7 +283,7 @@ class _Pool(nn.Module):
 def check_pool(graph: QGraph, op: Op) -> None:
     """Raises NetsukeError unless the pool is one mean over all pixels with equal scales, which has a simple gradient."""
     x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
-    if y.shape[1:3] != (1, 1) or float(x.scale) != float(y.scale) or x.zero != y.zero or "low" in op.attrs:
+    if y.shape[1:3] != (1, 1) or not one_scale(graph, op) or "low" in op.attrs:
         raise NetsukeError(
             f"train {graph.name}", f"the pool {op.name!r} maps {x.shape} to {y.shape}", "the mean over all pixels, same scale",
             "train only layers behind it",

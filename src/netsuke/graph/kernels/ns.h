@@ -142,7 +142,8 @@ typedef struct {
 } ns_softmax_f32_params;
 void ns_softmax_f32(const ns_softmax_f32_params *p, const float *x, float *y);
 
-/* m: multipliers by number of elements under the window, from `first` elements on. */
+/* m: multipliers by number of elements under the window, from `first` elements on. shift = 0: x and y have one scale and zero
+ * point, m is not read, and y is the mean of the codes, halves away from zero. */
 typedef struct {
   int32_t h, w, c, oh, ow, kh, kw, sy, sx, top, left, first, zx, zy, shift, low, high;
 } ns_avgpool2d_params;

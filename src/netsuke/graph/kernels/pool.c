@@ -25,6 +25,11 @@ NS_INLINE void inside(int32_t out, int32_t step, int32_t before, int32_t k, int3
     }                                                                    \
   }
 
+/* To the nearest, halves away from zero. */
+NS_INLINE int32_t mean(int32_t total, int32_t count) {
+  return (total > 0 ? total + count / 2 : total - count / 2) / count;
+}
+
 #define EACH_PIXEL(p, x, BODY)                                           \
   for (int32_t iy = iy0; iy < iy1; iy++) {                               \
     for (int32_t ix = ix0; ix < ix1; ix++) {                             \
@@ -37,10 +42,12 @@ void ns_avgpool2d(const ns_avgpool2d_params *p, const int8_t *x, const int32_t *
   EACH_WINDOW(p, y, {
     int32_t acc[LANES];
     const int32_t count = (iy1 - iy0) * (ix1 - ix0);
-    for (int32_t i = 0; i < n; i++) acc[i] = -count * p->zx;
+    const int32_t start = p->shift ? -count * p->zx : 0;
+    for (int32_t i = 0; i < n; i++) acc[i] = start;
     EACH_PIXEL(p, x, acc[i] += x[from + i];)
     for (int32_t i = 0; i < n; i++) {
-      y[c0 + i] = ns_requant(acc[i], m[count - p->first], p->shift, p->zy, p->low, p->high);
+      y[c0 + i] = p->shift ? ns_requant(acc[i], m[count - p->first], p->shift, p->zy, p->low, p->high)
+                           : (int8_t)ns_clip(mean(acc[i], count), p->low, p->high);
     }
   })
 }

@@ -1,6 +1,8 @@
 """Pooling, and operators that only move elements.
 
-avgpool2d    int8: requant of the sum of (x - zx), e = scale_x / (scale_y * count); float: mean. `count` excludes padding
+avgpool2d    int8, one scale and zero point: sum of codes / count to the nearest, halves away from zero, as LiteRT does it
+             int8, two scales: requant of the sum of (x - zx), e = scale_x / (scale_y * count); float: mean
+             `count` excludes padding
 maxpool2d    input and output have one scale; padding never wins
 reshape      same elements, other shape (a view of its input: costs nothing)
 pad          attrs pads ((before, after), …) per axis, with the zero point; attr value for float
@@ -50,13 +52,23 @@ def avgpool2d(graph: QGraph, op: Op, args: list[Array | None]) -> tuple[Array, .
     if x.dtype == "float32":
         total = _windows(graph, op, args[0].astype(np.float64), 0).sum((3, 4))
         return (np.clip(total / count, low, high).astype(np.float32),)
+    if one_scale(graph, op):
+        total = _windows(graph, op, args[0].astype(np.int64), 0).sum((3, 4))
+        mean = np.sign(total) * ((np.abs(total) + count // 2) // count)
+        return (np.clip(mean, low, high).astype(np.int8),)
     total = _windows(graph, op, args[0].astype(np.int64) - x.zero, 0).sum((3, 4))
     m, shift = pool_multipliers(graph, op)
     return (requantize(total, m[count], shift, y.zero, int(low), int(high)),)
 
 
+def one_scale(graph: QGraph, op: Op) -> bool:
+    """Whether an int8 operator's input and output have one scale and zero point."""
+    x, y = first(graph, op)
+    return float(x.scale) == float(y.scale) and x.zero == y.zero
+
+
 def pool_multipliers(graph: QGraph, op: Op) -> tuple[Array, int]:
-    """(M by number of elements under the window, S); M[0] is unused."""
+    """For two scales: (M by number of elements under the window, S); M[0] is unused."""
     x, y = first(graph, op)
     kh, kw = op.attrs["window"]
     m, shift = multipliers(float(x.scale / y.scale) / np.maximum(np.arange(kh * kw + 1), 1))
@@ -113,7 +125,7 @@ def _pool(graph: QGraph, op: Op) -> str | None:
     want = (x.shape[0], window(x.shape[1], kh, sy, t, b), window(x.shape[2], kw, sx, left, r), x.shape[3])
     if y.shape != want:
         return f"it maps {x.shape} to {y.shape} (expected {want})"
-    if op.kind == "maxpool2d" and x.dtype == "int8" and (float(x.scale) != float(y.scale) or x.zero != y.zero):
+    if op.kind == "maxpool2d" and x.dtype == "int8" and not one_scale(graph, op):
         return "its input and output have different scales"
     return None
 
