@@ -6,7 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from netsuke.devices.board import missing_tools
 from netsuke.errors import NetsukeError
+from netsuke.export.c import write_c
+from netsuke.export.c.emulate import run_emulated
 from netsuke.graph import Interpreter, QGraph, Tensor
 from netsuke.graph.abi import defined_in, sources, structures
 from netsuke.graph.arena import plan_arena
@@ -321,6 +324,60 @@ def test_to_codes_and_back():
         np.testing.assert_array_equal(a, b)
 
 
+def layers_of_all_shapes(rng, count):
+    """One graph with many layers side by side, each on a copy of the input of its own, which it may overwrite."""
+    g = graph_of(rng, (1, 11, 9, 8))
+    outputs = []
+    for k in range(count):
+        x = g.tensors[0]
+        copied = g.append("lut", (0,), Tensor(f"copy{k}", x.shape, "int8", x.scale, x.zero), table=np.arange(-128, 128))
+        wtype, kind = ("int8", "int8", "int4")[k // 4 % 3], ("conv2d", "pointwise", "depthwise2d", "square")[k % 4]
+        kh, kw, attrs, oh, ow = window(rng, 11, 9)
+        if kind == "square":
+            kh = kw = (3, 5, 7)[k // 8 % 3]
+            p, s = kh // 2, k // 4 % 2 + 1
+            attrs, oh, ow = {"stride": (s, s), "pad": (p, p, p, p)}, 10 // s + 1, 8 // s + 1
+        elif kind == "pointwise":
+            kh, kw, attrs, oh, ow = 1, 1, {}, 11, 9
+        o = int(rng.integers(1, 20)) if kind in ("conv2d", "pointwise") else 8 * (1 + k % 3 // 2)
+        shape = (o, kh, kw, 8) if kind in ("conv2d", "pointwise") else (kh, kw, o)
+        inputs = (copied, *weights(rng, g, shape, 0 if len(shape) == 4 else 2, wtype, o))
+        name = "conv2d" if len(shape) == 4 else "depthwise2d"
+        y = result(g, rng, f"y{k}", (1, oh, ow, o), "int8")
+        outputs.append(g.append(name, inputs, y, **attrs, **(clip(rng, "int8") if k % 5 == 0 else {})))
+    g.outputs = tuple(outputs)
+    return g.check()
+
+
+@pytest.mark.parametrize(("core", "dsp"), [("m4", True), ("m7", True), ("m4", False)])
+def test_the_boards_give_the_same_bits(core, dsp, tmp_path):
+    """The assembly for Cortex-M, through every loop it has, and portable C."""
+    if missing := missing_tools():
+        pytest.skip(missing)
+    rng = np.random.default_rng(11)
+    graph = layers_of_all_shapes(rng, 48)
+    x = codes(rng, graph.tensors[0].shape)
+    write_c(graph, tmp_path / "layers", name="layers")
+    got = run_emulated(tmp_path / "layers", core, [x], dsp=dsp)
+    assert got["passed"]
+    for a, b in zip(got["outputs"], Interpreter(graph).run(x)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_parts_of_constants_and_of_trained_tensors():
+    """A view of a constant is a table of its own; one of a tensor that training changes has no fixed bytes."""
+    rng = np.random.default_rng(2)
+    g = graph_of(rng, (1, 6), "float32")
+    whole = g.constant("whole", rng.normal(size=(2, 6)).astype(np.float32))
+    part = g.add(Tensor("part", (1, 6), "float32", view=(whole, 24)))
+    g.outputs = (g.append("add", (0, part), Tensor("y", (1, 6), "float32"), name="sum"),)
+    x = rng.normal(size=(1, 6)).astype(np.float32)
+    np.testing.assert_allclose(HostProgram(g).run(x)[0], x + g.tensors[whole].data[1:], rtol=1e-6)
+    g.tensors[whole].variable = True
+    with pytest.raises(NetsukeError, match="'part' is a part of the trained tensor 'whole'"):
+        lower(g, plan_arena(g, scratch))
+
+
 def test_every_structure_has_its_function_and_size():
     """What Python reads from the headers is what the compiler saw."""
     assert set(structures()) == set(defined_in())
@@ -341,6 +398,11 @@ def test_refusals_name_the_operator():
     w = g.constant("w", codes(rng, (3, 3, 3, 3)), scale=np.full(3, 0.01), axis=0)
     g.outputs = (g.append("conv2d", (0, w), tensor(rng, "y", (2, 2, 2, 3)), name="stem"),)
     with pytest.raises(NetsukeError, match=r"stem \(conv2d\).*2 images"):
+        lower(g, plan_arena(g, scratch))
+    g = graph_of(rng, (1, 80000))
+    w = g.constant("w", np.zeros((1, 80000), np.int8), dtype="int4", scale=np.full(1, 0.01), axis=0)
+    g.outputs = (g.append("dense", (0, w), tensor(rng, "y", (1, 1)), name="wide"),)
+    with pytest.raises(NetsukeError, match=r"wide \(dense\): 80000 products of int4 weights.*65793"):
         lower(g, plan_arena(g, scratch))
     g = graph_of(rng, (1, 4))
     g.outputs = (g.append("warp", (0,), tensor(rng, "y", (1, 4)), name="odd"),)

@@ -69,6 +69,9 @@ class HostProgram:
             slot.count = len(call.args)
             for k, pointer in enumerate(call.args):
                 slot.args[k] = self._address(pointer)
+        self._run = self._library.ns_host_run
+        self._run.restype = None
+        self._arguments = ctypes.byref(self._calls), ctypes.c_int32(len(self.program.calls))
         self.reset()
 
     def reset(self) -> None:
@@ -107,7 +110,7 @@ class HostProgram:
 
     def step(self) -> None:
         """One run on what lies in the arena."""
-        self._library.ns_host_run(self._calls, len(self.program.calls))
+        self._run(*self._arguments)
         for read, written, size in self.program.states:
             self._arena[read : read + size] = self._arena[written : written + size]
 

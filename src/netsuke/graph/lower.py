@@ -140,10 +140,16 @@ class Lowering:
         if index < 0:
             return Pointer("none")
         t, root = self.graph.tensors[index], self.graph.tensors[self.graph.root(index)]
-        if t.variable or not (t.constant or root.constant):
-            return self._variable(index) if t.variable else Pointer("arena", self.arena.offset(index), t.dtype)
+        if t.variable:
+            return self._variable(index)
+        if not root.constant:
+            return Pointer("arena", self.arena.offset(index), t.dtype)
+        if root.variable:
+            raise self.refuse(
+                f"{t.name!r} is a part of the trained tensor {root.name!r}", "a trained tensor as a whole"
+            )
         data = t.data
-        if data is None:  # a view of a constant
+        if data is None:
             raw = np.ascontiguousarray(root.data).reshape(-1).view(np.uint8)[self.graph.offset(index) :][: t.bytes]
             data = raw.view(t.dtype).reshape(t.shape)
         return self.constant(index, "plain", lambda: np.ascontiguousarray(data))

@@ -17,6 +17,7 @@ from netsuke.graph.requant import multipliers, sum_multipliers
 BLOCK = 4  # rows (pixels) that the integer kernels work on at once
 STRIP = 8  # rows of outputs for which a depthwise convolution copies one channel's rows out
 UNARY = tuple(FUNCTIONS)  # the numbers of unary_f32.c
+LONGEST_INT4 = (1 << 31) // (255 * 8 * 16)  # products of a sum: the M4's kernels add up 16 times the weights
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -75,6 +76,8 @@ def _linear(lowering: Lowering, op: Op, kernel: str, shape: dict[str, int], by_c
     source, target = lowering.tensor(op.inputs[0]), lowering.tensor(op.outputs[0])
     params = shape | _clip(graph, op)
     if x.dtype == "int8":
+        if w.dtype == "int4" and (length := w.size // ratios(graph, op).size) > LONGEST_INT4:
+            raise lowering.refuse(f"{length} products of int4 weights a sum", f"{LONGEST_INT4}")
         m, shift = multipliers(ratios(graph, op))
         params |= {"zx": x.zero, "zy": y.zero, "shift": shift}
         name = f"{kernel}_w4" if w.dtype == "int4" else kernel

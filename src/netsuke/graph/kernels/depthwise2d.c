@@ -101,12 +101,111 @@ NS_INLINE void square_rows(const ns_depthwise2d_params *p, const shape *s, const
 }
 #endif
 
+#if NS_WIDE
+#define STRIP_BYTES 65536 /* of stack, for a strip of NS_WIDE channels */
+
+/* A run of n channels of an image, or of a copy of some of its rows: bytes from pixel to pixel and from row to row. */
+typedef struct {
+  const int8_t *w; /* of these channels */
+  ns_wide first, m;
+  ns_scale scale;
+  int32_t right, down, n;
+} lanes;
+
+NS_INLINE lanes lanes_of(const ns_depthwise2d_params *p, const void *w, const int32_t *bias, const int32_t *m, int32_t c,
+                         int32_t right) {
+  lanes l;
+  l.n = ns_min(NS_WIDE, p->c - c);
+  l.w = (const int8_t *)w + c;
+  l.first = bias ? ns_wide_load_n(bias + c, l.n) : ns_wide_all(0);
+  l.m = ns_wide_load_n(m + c, l.n);
+  l.scale = ns_scale_of(p->shift, p->zy);
+  l.right = right;
+  l.down = right * p->w;
+  return l;
+}
+
+/* One output: the window's taps ky0 to ky1 and kx0 to kx1 lie in the input. */
+NS_INLINE void one_output(const ns_depthwise2d_params *p, const lanes *l, const int8_t *from, int32_t ky0, int32_t ky1,
+                          int32_t kx0, int32_t kx1, int8_t *y, const int32_t n) {
+  const ns_wide minus = ns_wide_all(-p->zx);
+  const int32_t right = p->dx * l->right;
+  ns_wide acc = l->first;
+  for (int32_t ky = ky0; ky < ky1; ky++) {
+    const int8_t *a = from + ky * p->dy * l->down + kx0 * right, *b = l->w + (ky * p->kw + kx0) * p->c;
+    for (int32_t kx = kx0; kx < kx1; kx++, a += right, b += p->c) {
+      acc = ns_wide_add(acc, ns_wide_mul(ns_wide_add(ns_wide_codes(a, n), minus), ns_wide_codes(b, n)));
+    }
+  }
+  ns_wide_finish(acc, l->m, &l->scale, p->low, p->high, y, n);
+}
+
+/* Taps of a window that begins at `at` which lie inside 0…size: from *begin to *end. */
+NS_INLINE void inside(int32_t at, int32_t step, int32_t k, int32_t size, int32_t *begin, int32_t *end) {
+  *begin = at < 0 ? (-at + step - 1) / step : 0;
+  *end = ns_clip((size - at + step - 1) / step, 0, k);
+}
+
+/* One row of outputs; `from` is the first row of its windows, pixel 0. */
+NS_INLINE void one_row(const ns_depthwise2d_params *p, const lanes *l, const int8_t *from, int32_t oy, int8_t *y) {
+  int32_t ky0, ky1, kx0, kx1;
+  inside(oy * p->sy - p->top, p->dy, p->kh, p->h, &ky0, &ky1);
+  for (int32_t ox = 0; ox < p->ow; ox++, y += p->c) {
+    const int32_t ix = ox * p->sx - p->left;
+    inside(ix, p->dx, p->kw, p->w, &kx0, &kx1);
+    if (l->n == NS_WIDE) one_output(p, l, from + ix * l->right, ky0, ky1, kx0, kx1, y, NS_WIDE);
+    else one_output(p, l, from + ix * l->right, ky0, ky1, kx0, kx1, y, l->n);
+  }
+}
+
+/* Straight from the input. */
+NS_INLINE void direct_wide(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias,
+                           const int32_t *m, int8_t *y) {
+  for (int32_t c = 0; c < p->c; c += NS_WIDE) {
+    const lanes l = lanes_of(p, w, bias, m, c, p->c);
+    for (int32_t oy = 0; oy < p->oh; oy++) {
+      one_row(p, &l, x + c + (ptrdiff_t)(oy * p->sy - p->top) * l.down, oy, y + c + (ptrdiff_t)oy * p->ow * p->c);
+    }
+  }
+}
+
+/* In place: strips of all lanes' rows, as codes and without padding. */
+NS_INLINE void strips_wide(const ns_depthwise2d_params *p, const shape *s, const int8_t *x, const void *w, const int32_t *bias,
+                           const int32_t *m, int8_t *y) {
+  int8_t strip[STRIP_BYTES];
+  for (int32_t c = 0; c < p->c; c += NS_WIDE) {
+    const lanes l = lanes_of(p, w, bias, m, c, NS_WIDE);
+    for (int32_t y0 = 0; y0 < p->oh; y0 += p->rows) {
+      const int32_t have = y0 ? s->kept : 0, count = ns_min(p->rows, p->oh - y0), iy = y0 * p->sy - p->top;
+      if (have) memmove(strip, strip + (s->rows - have) * l.down, (size_t)(have * l.down));
+      for (int32_t r = ns_max(have, -iy); r < ns_min(s->rows, p->h - iy); r++) {
+        const int8_t *from = x + (ptrdiff_t)(iy + r) * p->w * p->c + c;
+        int8_t *to = strip + r * l.down;
+        for (int32_t i = 0; i < p->w; i++, from += p->c, to += NS_WIDE) {
+          if (l.n == NS_WIDE) memcpy(to, from, NS_WIDE);
+          else memcpy(to, from, (size_t)l.n);
+        }
+      }
+      for (int32_t r = 0; r < count; r++) {
+        one_row(p, &l, strip + r * p->sy * l.down, y0 + r, y + c + (ptrdiff_t)(y0 + r) * p->ow * p->c);
+      }
+    }
+  }
+}
+#endif
+
 NS_INLINE void strips(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m,
                       int8_t *y, int16_t *strip, const int32_t w4) {
   shape s;
   s.outs = p->c * p->times, s.taps = p->kh * p->kw;
   s.width = (p->sx * ((p->ow + 3) & ~3) + p->dx * (ns_max(p->kw | 1, 3) - 1) + 1) & ~1;
   s.rows = (p->rows - 1) * p->sy + (p->kh - 1) * p->dy + 1, s.kept = ns_max(s.rows - p->rows * p->sy, 0);
+#if NS_WIDE
+  if (!w4 && p->times == 1 && ns_scale_of(p->shift, p->zy).quick && s.rows * p->w * NS_WIDE <= STRIP_BYTES) {
+    strips_wide(p, &s, x, w, bias, m, y);
+    return;
+  }
+#endif
 #if NS_DSP
   const ns_scale scale = ns_scale_of(p->shift, p->zy);
   const int32_t quick = scale.quick && p->low <= -128 && p->high >= 127;
@@ -152,52 +251,13 @@ NS_INLINE void direct_sums(const ns_depthwise2d_params *p, const int8_t *x, cons
   }
 }
 
-#if NS_WIDE
-/* The same for plain int8 weights, rescaled; the window's taps ky0 to ky1, kx0 to kx1 lie in the input. */
-NS_INLINE void direct_wide(const ns_depthwise2d_params *p, const int8_t *from, const int8_t *w, ns_wide acc, ns_wide m,
-                           const ns_scale *scale, int32_t ky0, int32_t ky1, int32_t kx0, int32_t kx1, int8_t *y, int32_t n) {
-  const ns_wide minus = ns_wide_all(-p->zx);
-  const int32_t right = p->dx * p->c;
-  for (int32_t ky = ky0; ky < ky1; ky++) {
-    const int8_t *a = from + ky * p->dy * p->w * p->c + kx0 * right, *b = w + (ky * p->kw + kx0) * p->c;
-    for (int32_t kx = kx0; kx < kx1; kx++, a += right, b += p->c) {
-      acc = ns_wide_add(acc, ns_wide_mul(ns_wide_add(ns_wide_codes(a, n), minus), ns_wide_codes(b, n)));
-    }
-  }
-  ns_wide_finish(acc, m, scale, p->low, p->high, y, n);
-}
-
-/* Taps of a window that begins at `at` which lie inside 0…size: from *begin to *end. */
-NS_INLINE void inside(int32_t at, int32_t step, int32_t k, int32_t size, int32_t *begin, int32_t *end) {
-  *begin = at < 0 ? (-at + step - 1) / step : 0;
-  *end = ns_clip((size - at + step - 1) / step, 0, k);
-}
-#endif
-
 /* Pixel by pixel over runs of channels, straight from the input. */
 NS_INLINE void direct(const ns_depthwise2d_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m,
                       int8_t *y, const int32_t w4) {
   const int32_t outs = p->c * p->times;
 #if NS_WIDE
-  const ns_scale scale = ns_scale_of(p->shift, p->zy);
-  if (!w4 && p->times == 1 && scale.quick) {
-    for (int32_t c0 = 0; c0 < outs; c0 += NS_WIDE) {
-      const int32_t n = ns_min(NS_WIDE, outs - c0);
-      const ns_wide first = bias ? ns_wide_load_n(bias + c0, n) : ns_wide_all(0), mm = ns_wide_load_n(m + c0, n);
-      int8_t *out = y + c0;
-      for (int32_t oy = 0; oy < p->oh; oy++) {
-        int32_t ky0, ky1, kx0, kx1;
-        const int32_t iy = oy * p->sy - p->top;
-        inside(iy, p->dy, p->kh, p->h, &ky0, &ky1);
-        for (int32_t ox = 0; ox < p->ow; ox++, out += outs) {
-          const int32_t ix = ox * p->sx - p->left;
-          inside(ix, p->dx, p->kw, p->w, &kx0, &kx1);
-          const int8_t *from = x + ((ptrdiff_t)iy * p->w + ix) * p->c + c0, *v = (const int8_t *)w + c0;
-          if (n == NS_WIDE) direct_wide(p, from, v, first, mm, &scale, ky0, ky1, kx0, kx1, out, NS_WIDE);
-          else direct_wide(p, from, v, first, mm, &scale, ky0, ky1, kx0, kx1, out, n);
-        }
-      }
-    }
+  if (!w4 && p->times == 1 && ns_scale_of(p->shift, p->zy).quick) {
+    direct_wide(p, x, w, bias, m, y);
     return;
   }
 #endif

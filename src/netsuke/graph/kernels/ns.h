@@ -1,7 +1,7 @@
 /* The kernels: what every operator of a static graph calls. C99, no malloc, no state, no double arithmetic.
  *
- * void ns_NAME(const ns_NAME_params *p, pointers...). A structure holds int32_t and float fields only and one
- * declaration per line group: Python reads this header for the order of the fields (graph/abi.py).
+ * void ns_NAME(const ns_NAME_params *p, pointers...). A structure holds int32_t and float fields only; Python reads the order
+ * of the fields, and that one structure is another's, from this header (graph/abi.py).
  *
  * Images are NHWC with N = 1. int8: y = clip(((sum * m + 2^(shift-1)) >> shift) + zy, low, high), m per output channel.
  * Weights are (O, KH, KW, I), depthwise (KH, KW, C), dense (O, I); every int8 or int4 weight array ends with 4 spare

@@ -137,66 +137,75 @@ NS_NAKED void ns_channels_w4(ns_channels *c) {
   (void)c;
 }
 
-/* The sum of the products of one of four interleaved rows. */
-NS_INLINE int32_t ns_mac(const int8_t *w, const uint32_t *x, int32_t groups, const int32_t w4) {
+/* The same for one row, two channels at a time; `count` channels, an even number, from m to end. */
+typedef struct {
+  const void *x;
+  int32_t bias, advance, stride, bytes, entry; /* stride: from channel to channel of the weights */
+  int32_t addend, shift;
+  const int32_t *end, *m;
+  int8_t *y;
+  const void *w;
+} ns_row;
+
+/* r0 the structure, r1 and r2 weights, r3 activations, r8 and r9 sums, r11 end of the weights, r12 m */
+#define NS_GROUP1                               \
+  "ldmia r3!, {r4, r5}\n"                       \
+  "ldr r6, [r1], #4\n"                          \
+  "ldr r7, [r2], #4\n"                          \
+  "sxtb16 r10, r6\n"                            \
+  "smlad r8, r10, r4, r8\n"                     \
+  "sxtb16 r10, r6, ror #8\n"                    \
+  "smlad r8, r10, r5, r8\n"                     \
+  "sxtb16 r10, r7\n"                            \
+  "smlad r9, r10, r4, r9\n"                     \
+  "sxtb16 r10, r7, ror #8\n"                    \
+  "smlad r9, r10, r5, r9\n"
+
+NS_NAKED void ns_row_w8(ns_row *row) {
+  __asm__("push {r4-r11, lr}\n"
+          "ldr r1, [r0, #44]\n"
+          "ldr r12, [r0, #36]\n"
+          "9:\n"
+          "ldm r0, {r3-r7, r10}\n"
+          "add r1, r1, r5\n"
+          "add r2, r1, r6\n"
+          "add r11, r1, r7\n"
+          "add r4, r4, r12\n"
+          "ldrd r8, r9, [r4]\n"
+          "tbb [pc, r10]\n"
+          "0: .byte (1f-0b)/2, (4f-0b)/2, (3f-0b)/2, (2f-0b)/2\n"
+          "1:\n" NS_GROUP1 "2:\n" NS_GROUP1 "3:\n" NS_GROUP1 "4:\n" NS_GROUP1
+          "cmp r1, r11\n"
+          "bne 1b\n"
+          "ldrd r4, r5, [r12], #8\n"
+          "ldrd r6, r7, [r0, #24]\n"
+          "ldr r10, [r0, #40]\n"
+          "smmla r8, r8, r4, r6\n"
+          "smmla r9, r9, r5, r6\n"
+          "asr r8, r8, r7\n"
+          "asr r9, r9, r7\n"
+          "ssat r8, #8, r8\n"
+          "ssat r9, #8, r9\n"
+          "strb r8, [r10], #1\n"
+          "strb r9, [r10], #1\n"
+          "ldr r4, [r0, #32]\n"
+          "str r10, [r0, #40]\n"
+          "cmp r12, r4\n"
+          "bne 9b\n"
+          "pop {r4-r11, pc}\n");
+  (void)row;
+}
+
+/* The sum of the products of one row of a block, whose words lie `lanes` apart. */
+NS_INLINE int32_t ns_mac(const int8_t *w, const uint32_t *x, int32_t lanes, int32_t groups, const int32_t w4) {
   int32_t sum = 0;
   for (int32_t i = 0; i < groups; i++, w += 4) {
     const uint32_t v = ns_load4(w), top = 0xf0f0f0f0u;
-    if (w4) {
-      sum = __smlad((int32_t)ns_even(0, v & top), (int32_t)x[0], sum);
-      sum = __smlad((int32_t)ns_odd(0, v & top), (int32_t)x[4], sum);
-      sum = __smlad((int32_t)ns_even(0, v << 4 & top), (int32_t)x[8], sum);
-      sum = __smlad((int32_t)ns_odd(0, v << 4 & top), (int32_t)x[12], sum);
-      x += 16;
-    } else {
-      sum = __smlad((int32_t)ns_even(0, v), (int32_t)x[0], sum);
-      sum = __smlad((int32_t)ns_odd(0, v), (int32_t)x[4], sum);
-      x += 8;
-    }
+    const int32_t pairs[4] = {(int32_t)ns_even(0, w4 ? v & top : v), (int32_t)ns_odd(0, w4 ? v & top : v),
+                              (int32_t)ns_even(0, v << 4 & top), (int32_t)ns_odd(0, v << 4 & top)};
+    for (int32_t j = 0; j < (w4 ? 4 : 2); j++, x += lanes) sum = __smlad(pairs[j], (int32_t)*x, sum);
   }
   return w4 ? sum >> 4 : sum;
-}
-
-#define NS_GROUP1                               \
-  "ldmia %[x]!, {r3-r4}\n"                      \
-  "ldr %[v], [%[w]], #4\n"                      \
-  "ldr %[s], [%[u]], #4\n"                      \
-  "sxtb16 %[t], %[v]\n"                         \
-  "smlad %[a], %[t], r3, %[a]\n"                \
-  "sxtb16 %[t], %[v], ror #8\n"                 \
-  "smlad %[a], %[t], r4, %[a]\n"                \
-  "sxtb16 %[t], %[s]\n"                         \
-  "smlad %[b], %[t], r3, %[b]\n"                \
-  "sxtb16 %[t], %[s], ror #8\n"                 \
-  "smlad %[b], %[t], r4, %[b]\n"
-
-/* One row of activations with two rows of weights, w and u. */
-NS_INLINE void ns_mac1(int32_t acc[2], const int8_t *w, const int8_t *u, const uint32_t *x, int32_t groups) {
-  int32_t a = acc[0], b = acc[1], t, s, v = groups & 3;
-  __asm__ volatile(
-      "tbb [pc, %[v]]\n"
-      "0: .byte (1f-0b)/2, (4f-0b)/2, (3f-0b)/2, (2f-0b)/2\n"
-      "1:\n" NS_GROUP1 "2:\n" NS_GROUP1 "3:\n" NS_GROUP1 "4:\n" NS_GROUP1
-      "cmp %[w], %[end]\n"
-      "bne 1b\n"
-      : [a] "+r"(a), [b] "+r"(b), [w] "+r"(w), [u] "+r"(u), [x] "+r"(x), [v] "+r"(v), [t] "=&r"(t), [s] "=&r"(s)
-      : [end] "r"(w + 4 * groups)
-      : "r3", "r4", "cc", "memory");
-  acc[0] = a, acc[1] = b;
-}
-
-NS_INLINE void ns_mac1_w4(int32_t acc[2], const uint8_t *w, const uint8_t *u, const uint32_t *x, int32_t groups) {
-  for (int32_t i = 0; i < groups; i++, x += 4) {
-    const uint32_t v = ns_load4(w + 4 * i), s = ns_load4(u + 4 * i), top = 0xf0f0f0f0u;
-    acc[0] = (int32_t)__smlad((int32_t)ns_even(0, v & top), (int32_t)x[0], acc[0]);
-    acc[1] = (int32_t)__smlad((int32_t)ns_even(0, s & top), (int32_t)x[0], acc[1]);
-    acc[0] = (int32_t)__smlad((int32_t)ns_odd(0, v & top), (int32_t)x[1], acc[0]);
-    acc[1] = (int32_t)__smlad((int32_t)ns_odd(0, s & top), (int32_t)x[1], acc[1]);
-    acc[0] = (int32_t)__smlad((int32_t)ns_even(0, v << 4 & top), (int32_t)x[2], acc[0]);
-    acc[1] = (int32_t)__smlad((int32_t)ns_even(0, s << 4 & top), (int32_t)x[2], acc[1]);
-    acc[0] = (int32_t)__smlad((int32_t)ns_odd(0, v << 4 & top), (int32_t)x[3], acc[0]);
-    acc[1] = (int32_t)__smlad((int32_t)ns_odd(0, s << 4 & top), (int32_t)x[3], acc[1]);
-  }
 }
 
 #endif

@@ -33,8 +33,7 @@ typedef struct {
   const int32_t *bias, *m;
   int32_t n;
 #if NS_WIDE
-  int32_t packed;
-  ns_pass pass;
+  int32_t packed, pairs[NS_PACKED];
 #endif
 } ns_run;
 
@@ -42,8 +41,11 @@ typedef struct {
 NS_INLINE int32_t ns_run_length(const ns_rows *g, int32_t rows, int32_t apart, int32_t *packed) {
   *packed = 0;
 #if NS_WIDE
-  *packed = apart && rows >= NS_PASS_ROWS && g->k <= NS_PASS_K && ns_scale_of(g->shift, g->zy).quick;
-  if (*packed) return NS_PASS;
+  const int32_t channels = ns_packed_channels(g->k), all = channels >= g->o;
+  if (rows >= NS_PASS_ROWS && (all || (apart && channels)) && ns_scale_of(g->shift, g->zy).quick) {
+    *packed = 1;
+    return all ? g->o : channels;
+  }
 #endif
   (void)rows;
   (void)apart;
@@ -60,7 +62,7 @@ NS_INLINE void ns_run_of(ns_run *run, const ns_rows *g, const void *w, const int
   run->n = ns_min(length, g->o - o);
 #if NS_WIDE
   run->packed = packed;
-  if (packed) ns_pass_of(&run->pass, run->w, stride, g->k, run->bias, run->m, run->n, w4);
+  if (packed) ns_pack(run->pairs, (const int8_t *)run->w, stride, g->k, run->n, w4);
 #endif
   (void)packed;
 }
@@ -124,25 +126,12 @@ NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *bloc
   const uint32_t *x = (const uint32_t *)block;
   const int8_t *w = (const int8_t *)run->w;
   const int32_t *bias = run->bias, *m = run->m;
-  if (rows == 1) {
-    for (int32_t o = 0; o < run->n; o += 2, w += 2 * stride) {
-      const int32_t two = o + 1 < run->n, first = bias ? bias[o] : 0, second = bias && two ? bias[o + 1] : 0;
-      const int8_t *u = two ? w + stride : w;
-      int32_t acc[2] = {first, second};
-      if (w4) {
-        acc[0] = acc[1] = 0;
-        ns_mac1_w4(acc, (const uint8_t *)w, (const uint8_t *)u, x, groups);
-        acc[0] = (acc[0] >> 4) + first;
-        acc[1] = (acc[1] >> 4) + second;
-      } else {
-        ns_mac1(acc, w, u, x, groups);
-      }
-      for (int32_t j = 0; j <= two; j++) {
-        y[o + j] = quick ? ns_requant_quick(acc[j], m[o + j], s.addend, s.shift)
-                           : ns_requant(acc[j], m[o + j], g->shift, g->zy, g->low, g->high);
-      }
-    }
-    return;
+  int32_t done = 0;
+  if (rows == 1 && !w4 && quick && bias && run->n > 1) {
+    done = run->n & ~1;
+    ns_row c = {x, (int32_t)((intptr_t)bias - (intptr_t)m), 2 * stride - 4 * groups, stride, 4 * groups, groups & 3, s.addend,
+                s.shift, m + done, m, y, w - (2 * stride - 4 * groups)};
+    ns_row_w8(&c);
   }
   if (rows == NS_BLOCK && quick && bias) {
     ns_channels c = {block, (int32_t)((intptr_t)bias - (intptr_t)m), stride - 4 * groups, 4 * groups, groups & 3, m + run->n, m,
@@ -151,10 +140,10 @@ NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *bloc
     else ns_channels_w8(&c);
     return;
   }
-  for (int32_t r = 0; r < rows; r++, x++, y += g->ys) { /* three rows, or a rescaling that goes the long way */
-    const int8_t *row = w;
-    for (int32_t o = 0; o < run->n; o++, row += stride) {
-      const int32_t total = ns_wrap_add(ns_mac(row, x, groups, w4), bias ? bias[o] : 0);
+  for (int32_t r = 0; r < rows; r++, x++, y += g->ys) { /* what has no loop of its own */
+    const int8_t *row = w + done * stride;
+    for (int32_t o = done; o < run->n; o++, row += stride) {
+      const int32_t total = ns_wrap_add(ns_mac(row, x, rows > 1 ? NS_BLOCK : 1, groups, w4), bias ? bias[o] : 0);
       y[o] = ns_requant(total, m[o], g->shift, g->zy, g->low, g->high);
     }
   }
@@ -203,16 +192,8 @@ NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *bloc
   int32_t tile[NS_BLOCK][NS_TILE];
 #if NS_WIDE
   if (run->packed) {
-    const ns_scale s = ns_scale_of(g->shift, g->zy);
-    if (run->n > NS_WIDE) {
-      if (rows == 4) ns_pass_block(&run->pass, block, g->kp, g->k, 4, 2, &s, g->low, g->high, y, g->ys, run->n);
-      else if (rows == 3) ns_pass_block(&run->pass, block, g->kp, g->k, 3, 2, &s, g->low, g->high, y, g->ys, run->n);
-      else ns_pass_block(&run->pass, block, g->kp, g->k, 1, 2, &s, g->low, g->high, y, g->ys, run->n);
-    } else {
-      if (rows == 4) ns_pass_block(&run->pass, block, g->kp, g->k, 4, 1, &s, g->low, g->high, y, g->ys, run->n);
-      else if (rows == 3) ns_pass_block(&run->pass, block, g->kp, g->k, 3, 1, &s, g->low, g->high, y, g->ys, run->n);
-      else ns_pass_block(&run->pass, block, g->kp, g->k, 1, 1, &s, g->low, g->high, y, g->ys, run->n);
-    }
+    const ns_pass p = {bias, m, ns_scale_of(g->shift, g->zy), g->k, g->kp, g->low, g->high, g->ys};
+    ns_passes(&p, run->pairs, block, rows, run->n, y);
     return;
   }
 #endif

@@ -11,7 +11,6 @@
 #include <immintrin.h>
 #define NS_WIDE 16
 typedef __m512i ns_wide;
-typedef __m512 ns_wide_floats;
 
 NS_INLINE ns_wide ns_wide_all(int32_t v) { return _mm512_set1_epi32(v); }
 NS_INLINE ns_wide ns_wide_load(const int32_t *p) { return _mm512_loadu_si512(p); }
