@@ -16,6 +16,7 @@ from netsuke.graph.host import VECTORS, HostProgram, library
 from netsuke.graph.lower import scratch
 from netsuke.graph.ops.elementwise import FUNCTIONS
 from netsuke.graph.ops.recurrent import GATES
+from netsuke.graph.quantize import weights_only
 from netsuke.graph.read.tflite import read_tflite
 from tests.graph.test_lstm_int8 import network
 
@@ -82,6 +83,19 @@ def test_every_activation(function):
     """exponential grows without bound in three steps."""
     close(layer("rnn", activation=function, steps=3))
     close(layer("gru", activation="tanh", recurrent_activation=function, steps=2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_recurrent_matrix_of_a_single_step_is_not_stored(dtype):
+    """The state before it is zero."""
+    for steps, stored in ((1, False), (2, True)):
+        program = on_device(layer("gru", (dtype, dtype), steps=steps)).program
+        assert any(t.name.startswith("u") for t in program.constants) == stored
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_networks_of_keras_with_weights_in_few_bits(bits):
+    close(weights_only(keras("signals_gru100_jun_21_2021"), bits))
 
 
 def test_what_the_kernels_do_not_take():

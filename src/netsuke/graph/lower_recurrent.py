@@ -6,7 +6,7 @@ import numpy as np
 
 from netsuke.graph.ir import Op, QGraph, Tensor
 from netsuke.graph.lower import Lowering, Pointer, Rule
-from netsuke.graph.lower_ops import UNARY, _block_bytes, _weights
+from netsuke.graph.lower_ops import UNARY, _weights
 from netsuke.graph.ops.lstm import cell_bits, curve, gate_multipliers
 from netsuke.graph.requant import multipliers
 
@@ -52,8 +52,11 @@ def _layer(lowering: Lowering, op: Op) -> None:
         "recurrent": UNARY.index(op.attrs.get("recurrent_activation", "sigmoid")),
         "sequences": int(bool(op.attrs.get("return_sequences"))),
     }  # fmt: skip
-    matrices = []
+    matrices: list[Pointer] = []
     for position, t in ((1, w), (2, u)):
+        if position == 2 and x.shape[1] == 1:  # the state of the only step is zero: u is never read, nor stored
+            matrices += [Pointer("none")] * (1 if t.dtype == "float32" else 2)
+            continue
         matrices.append(_weights(lowering, op, position=position))
         if t.dtype != "float32":
             scale = np.broadcast_to(np.atleast_1d(t.scale), (len(t.data),)).astype(np.float32)
@@ -88,8 +91,8 @@ def _lstm_int8(lowering: Lowering, op: Op) -> None:
 
 
 def _lstm_int8_scratch(graph: QGraph, op: Op) -> int:
-    w, u = (graph.tensors[i] for i in op.inputs[1:3])
-    return _block_bytes(w, 1, w.shape[1]) + _block_bytes(u, 1, u.shape[1])
+    """16-bit numbers for an input and a state, each in whole words of weights."""
+    return sum(2 * (-(-graph.tensors[i].shape[1] // 4) * 4) for i in op.inputs[1:3])
 
 
 RULES = {

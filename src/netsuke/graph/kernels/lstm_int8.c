@@ -1,6 +1,6 @@
 /* The 8-bit LSTM layer: int8 sums, gates in 16 bits through interpolated curves, a 16-bit cell. */
+#include "ns_dsp.h"
 #include "ns_recurrent.h"
-#include "ns_rows.h"
 
 #define CURVE 513 /* entries of one */
 
@@ -16,17 +16,64 @@ NS_INLINE int64_t rescale(int32_t total, int32_t m, int32_t shift) {
   return ((int64_t)total * m + ((int64_t)1 << (shift - 1))) >> shift;
 }
 
-/* The sums of the four gates of one unit, whose rows are `apart` bytes apart. */
 #if NS_DSP
-/* A function of its own: ns_mac1 needs nearly every register. */
-static __attribute__((noinline)) void sums(int32_t acc[4], const int16_t *block, const int8_t *w, ptrdiff_t apart, int32_t length) {
-  ns_mac1(acc, w, w + apart, (const uint32_t *)block, length / 4);
-  ns_mac1(acc + 2, w + 2 * apart, w + 3 * apart, (const uint32_t *)block, length / 4);
+/* Codes without their zero point in pairs, as the weights of a word come: (0, 2) and (1, 3). */
+static void widen(int16_t *block, const int8_t *x, int32_t n, int32_t zero) {
+  const uint32_t minus = ((uint32_t)-zero & 0xffff) * 0x10001u;
+  uint32_t *out = (uint32_t *)block;
+  for (; n > 0; n -= 4, x += 4, out += 2) {
+    uint32_t four = (uint8_t)zero * 0x01010101u;
+    if (n >= 4) four = ns_load4(x);
+    else memcpy(&four, x, (size_t)n);
+    out[0] = ns_even(minus, four);
+    out[1] = ns_odd(minus, four);
+  }
 }
+
+#define ROW(sum, from)                          \
+  "ldr %[v], " from "\n"                        \
+  "sxtb16 %[t], %[v]\n"                         \
+  "smlad " sum ", %[t], r3, " sum "\n"          \
+  "sxtb16 %[t], %[v], ror #8\n"                 \
+  "smlad " sum ", %[t], r4, " sum "\n"
+
+/* The sums of the four gates of one unit, whose rows are `apart` bytes apart. As assembly and a function of its own because the
+ * loop needs 13 registers. */
+static __attribute__((noinline)) void sums(int32_t acc[4], const int16_t *x, const int8_t *w, int32_t apart, int32_t n) {
+  int32_t a = acc[0], b = acc[1], c = acc[2], d = acc[3], v, t;
+  const int8_t *u = w + 2 * apart, *end = w + ((n + 3) & ~3);
+  __asm__ volatile(
+      "1:\n"
+      "ldmia %[x]!, {r3, r4}\n"
+      ROW("%[b]", "[%[w], %[apart]]") ROW("%[a]", "[%[w]], #4")
+      ROW("%[d]", "[%[u], %[apart]]") ROW("%[c]", "[%[u]], #4")
+      "cmp %[w], %[end]\n"
+      "bne 1b\n"
+      : [a] "+r"(a), [b] "+r"(b), [c] "+r"(c), [d] "+r"(d), [w] "+r"(w), [u] "+r"(u), [x] "+r"(x), [v] "=&r"(v), [t] "=&r"(t)
+      : [apart] "r"(apart), [end] "r"(end)
+      : "r3", "r4", "cc", "memory");
+  acc[0] = a, acc[1] = b, acc[2] = c, acc[3] = d;
+}
+
 #else
-NS_INLINE void sums(int32_t acc[4], const int16_t *block, const int8_t *w, ptrdiff_t apart, int32_t length) {
-  for (int32_t k = 0; k < 4; k++) ns_dot1(block, w + k * apart, length, acc + k);
+
+static void widen(int16_t *block, const int8_t *x, int32_t n, int32_t zero) {
+  for (int32_t i = 0; i < n; i++) block[i] = (int16_t)(x[i] - zero);
 }
+
+static void sums(int32_t acc[4], const int16_t *x, const int8_t *w, int32_t apart, int32_t n) {
+  const int8_t *w1 = w + apart, *w2 = w1 + apart, *w3 = w2 + apart;
+  int32_t a = acc[0], b = acc[1], c = acc[2], d = acc[3];
+  for (int32_t k = 0; k < n; k++) {
+    const int16_t v = x[k];
+    a += v * (int16_t)w[k];
+    b += v * (int16_t)w1[k];
+    c += v * (int16_t)w2[k];
+    d += v * (int16_t)w3[k];
+  }
+  acc[0] = a, acc[1] = b, acc[2] = c, acc[3] = d;
+}
+
 #endif
 
 void ns_lstm_int8(const ns_lstm_int8_params *p, const int8_t *x, const int8_t *w, const int8_t *u, const int32_t *bias,
@@ -34,17 +81,15 @@ void ns_lstm_int8(const ns_lstm_int8_params *p, const int8_t *x, const int8_t *w
                   void *scratch) {
   const int32_t n = p->units;
   const int16_t *sigmoid = curves, *tangent = curves + CURVE;
-  const ns_rows over_x = ns_rows_of(p->i, n, n, p->zx, 0, 1, -128, 127, 0);
-  const ns_rows over_h = ns_rows_of(n, n, n, p->zh, 0, 1, -128, 127, 0);
-  int16_t *xs = (int16_t *)scratch, *hs = xs + over_x.kp;
+  int16_t *xs = (int16_t *)scratch, *hs = xs + ((p->i + 3) & ~3);
   for (int32_t t = 0; t < p->steps; t++, x += p->i, y += n) {
-    ns_put(&over_x, xs, 1, 0, 0, x, p->i, 0);
-    ns_put(&over_h, hs, 1, 0, 0, t ? h2 : h, n, 0);
+    widen(xs, x, p->i, p->zx);
+    widen(hs, t ? h2 : h, n, p->zh);
     const int16_t *before = t ? c2 : c;
     for (int32_t j = 0; j < n; j++) {
       int32_t a[4] = {bias[j], bias[n + j], bias[2 * n + j], bias[3 * n + j]}, b[4] = {0, 0, 0, 0};
-      sums(a, xs, w + (ptrdiff_t)j * p->i, (ptrdiff_t)n * p->i, NS_DSP ? over_x.kp : p->i);
-      sums(b, hs, u + (ptrdiff_t)j * n, (ptrdiff_t)n * n, NS_DSP ? over_h.kp : n);
+      sums(a, xs, w + (ptrdiff_t)j * p->i, n * p->i, p->i);
+      sums(b, hs, u + (ptrdiff_t)j * n, n * n, n);
       for (int32_t k = 0; k < 4; k++) {
         const int32_t row = k * n + j, part = sat16(rescale(a[k], m[row], p->shift_x));
         a[k] = look_up(k == 2 ? tangent : sigmoid, sat16(part + rescale(b[k], m[4 * n + row], p->shift_h)));

@@ -11,7 +11,8 @@ extern "C" {
 /* Floats over a whole sequence, from a state of zero. sequences: y gets every step, else the last. activation and recurrent are
  * numbers of unary_f32.c. Blocks of rows of w, u and bias are gates, in the order of the Python file. The bias of a GRU that
  * resets after its product (after) has a fourth block, which that product gets; what else is added to the gates is in the first
- * three. w8 and w4: codes with a scale per row. scratch: floats, 2 (rnn) or 4 times as many as there are units. */
+ * three. w8 and w4: codes with a scale per row. u may be NULL with one step. scratch: floats, 2 (rnn) or 4 times as many as
+ * there are units. */
 typedef struct {
   int32_t steps, i, units, activation, recurrent, sequences, after;
 } ns_rnn_f32_params;
