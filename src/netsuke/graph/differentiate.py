@@ -26,6 +26,7 @@ from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import Op, QGraph, Tensor
 from netsuke.graph.ops.base import limits
 from netsuke.graph.ops.conv import largest_bias, ratios
+from netsuke.graph.ops.shape import one_scale
 from netsuke.graph.ops.train import mix
 from netsuke.graph.update_plan import LINEAR, UpdatePlan, first_op, head, kept_channels, layers, qas
 
@@ -233,7 +234,7 @@ class _Builder:
         if op.kind == "reshape":
             self._collect(op.inputs[0], g.append("reshape", (dy,), _like(x)))
         elif op.kind == "avgpool2d":
-            self._collect(op.inputs[0], g.append("pool_gradient", (dy,), _like(x), factor=self._pool_factor(op)))
+            self._collect(op.inputs[0], g.append("pool_gradient", (dy,), _like(x), factor=mean_factor(g, op)))
         elif op.kind == "add":
             y = g.tensors[op.outputs[0]]
             if any(g.tensors[i].shape != y.shape or g.tensors[i].constant for i in op.inputs):
@@ -281,21 +282,25 @@ class _Builder:
         key = int(mix(np.array([self.rule.seed * 1009 + self.salt], np.uint64).astype(np.uint32))[0])
         return {"key": key, "truncate": self.rule.truncate}
 
-    def _pool_factor(self, op: Op) -> float:
-        g = self.g
-        x, y = g.tensors[op.inputs[0]], g.tensors[op.outputs[0]]
-        if y.shape[1:3] != (1, 1) or float(x.scale) != float(y.scale) or x.zero != y.zero:
-            raise NetsukeError(
-                f"train {self.base.name}", f"the pool {op.name!r} maps {x.shape} to {y.shape}",
-                "the mean over all pixels at one scale", "train only layers behind it",
-            )  # fmt: skip
-        return 1.0 / math.prod(x.shape[1:3])
-
     def _collect(self, tensor: int, gradient: int) -> None:
         """Adds to the gradient of a tensor that has another reader."""
         if (before := self.gradients.get(tensor)) is not None:
             gradient = self.g.append("add", (gradient, before), _like(self.g.tensors[tensor]))
         self.gradients[tensor] = gradient
+
+
+def mean_factor(graph: QGraph, op: Op) -> float:
+    """What a pooled element's gradient is multiplied by for each of its pixels.
+
+    Raises NetsukeError unless the pool is one mean over all pixels at one scale: then nothing is clipped.
+    """
+    x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
+    if y.shape[1:3] != (1, 1) or not one_scale(graph, op) or "low" in op.attrs:
+        raise NetsukeError(
+            f"train {graph.name}", f"the pool {op.name!r} maps {x.shape} to {y.shape}",
+            "the mean over all pixels at one scale", "train only layers behind it",
+        )  # fmt: skip
+    return 1.0 / math.prod(x.shape[1:3])
 
 
 def _like(t: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from netsuke.errors import NetsukeError
+from netsuke.graph.differentiate import mean_factor
 from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import Op, QGraph
 from netsuke.graph.ops.base import limits
 from netsuke.graph.ops.conv import LARGEST_SUM, ratios
-from netsuke.graph.ops.shape import one_scale
 from netsuke.graph.requant import multipliers, sum_multipliers
 
 EXACT = float(1 << 24)  # integers below are exact in float32, whatever the order of a sum
@@ -272,22 +272,10 @@ class _Pool(nn.Module):
 
     def __init__(self, graph: QGraph, op: Op):
         super().__init__()
-        check_pool(graph, op)
-        shape = graph.tensors[op.inputs[0]].shape
-        self.count = shape[1] * shape[2]
+        self.count = round(1 / mean_factor(graph, op))
 
     def forward(self, x: Tensor) -> Tensor:
         return _PoolFunction.apply(x, self)
-
-
-def check_pool(graph: QGraph, op: Op) -> None:
-    """Raises NetsukeError unless the pool is one mean over all pixels with equal scales, which has a simple gradient."""
-    x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
-    if y.shape[1:3] != (1, 1) or not one_scale(graph, op) or "low" in op.attrs:
-        raise NetsukeError(
-            f"train {graph.name}", f"the pool {op.name!r} maps {x.shape} to {y.shape}", "the mean over all pixels, same scale",
-            "train only layers behind it",
-        )  # fmt: skip
 
 
 class _Reshape(nn.Module):

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from netsuke.allocate import Option, allocate
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import QGraph
@@ -120,8 +118,3 @@ def search(graph: QGraph, gains: Contributions, limit: float) -> UpdatePlan:
             f"{need:.1f} KB or more", "a larger --sram or a smaller network", code=1,
         )  # fmt: skip
     return best[1]
-
-
-def weight_gradient_ratio(weight: np.ndarray, gradient: np.ndarray) -> float:
-    """log10 of the norm of a weight over the norm of its gradient: what scaling by hand or by QAS has to get right."""
-    return float(np.log10(np.linalg.norm(weight) / max(np.linalg.norm(gradient), 1e-30)))
