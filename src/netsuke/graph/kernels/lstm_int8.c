@@ -16,7 +16,7 @@ NS_INLINE int64_t rescale(int32_t total, int32_t m, int32_t shift) {
   return ((int64_t)total * m + ((int64_t)1 << (shift - 1))) >> shift;
 }
 
-#if NS_DSP
+#if NS_DSP && defined(__OPTIMIZE__) /* without optimisation a register is missing */
 /* Codes without their zero point in pairs, as the weights of a word come: (0, 2) and (1, 3). */
 static void widen(int16_t *block, const int8_t *x, int32_t n, int32_t zero) {
   const uint32_t minus = ((uint32_t)-zero & 0xffff) * 0x10001u;
