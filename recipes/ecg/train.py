@@ -1,11 +1,11 @@
 """Trains the beat network of `netsuke ecg` on LUDB (200 people, leads I and II): five folds by person, then everybody.
 
-    NETSUKE_DATA=FOLDER python recipes/ecg/train.py [--only default fold0 …] [--lead 0|1]
+    NETSUKE_DATA=FOLDER python recipes/ecg/train.py [--only default fold0 …]
 
 Person k (1 to 200) is held out by fold k % 5 and never seen by that fold's weights: every published figure uses them.
-`default` has seen everybody and is what users get. `--lead` trains on one lead only, to see what happens on a lead that
-was never looked at (written beside the log, not shipped). About two minutes per network on one core.
-Writes src/netsuke/weights/ecg/<name>.npz (float16) and a line per network to recipes/ecg/training.json.
+`default` has seen everybody and is what users get. The other ten leads of LUDB are not used: they were scored once, at the
+end (docs/ecg.md). About a minute per network on one core. Writes src/netsuke/weights/ecg/<name>.npz (float16) and a line
+per network to recipes/ecg/training.json.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def loss_of(net: Net, wave: np.ndarray, marks: np.ndarray, rr: np.ndarray) -> to
     return ((entropy + 0.15 * distance) * known).sum() / known.sum() + 0.3 * presence
 
 
-def train(data: list[list[Beats]], seed: int, steps: int, mix: float) -> tuple[dict[str, np.ndarray], float]:
+def train(data: list[list[Beats]], seed: int, steps: int) -> tuple[dict[str, np.ndarray], float]:
     """The running average of the weights (float16) and the mean loss of the last hundred steps."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -82,7 +82,7 @@ def train(data: list[list[Beats]], seed: int, steps: int, mix: float) -> tuple[d
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, step / 50) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
         chosen = [data[i] for i in rng.integers(len(data), size=BATCH)]
-        drawn = [example(leads[rng.integers(len(leads))], rng, mix) for leads in chosen]
+        drawn = [example(leads[rng.integers(len(leads))], rng, MIX) for leads in chosen]
         loss = loss_of(net, *(np.array(part) for part in zip(*drawn)))
         optimizer.zero_grad()
         loss.backward()
@@ -99,7 +99,6 @@ def main() -> None:
     names = ["default", *(f"fold{i}" for i in range(FOLDS))]
     ask = argparse.ArgumentParser(description=__doc__)
     ask.add_argument("--only", nargs="*", default=names, choices=names)
-    ask.add_argument("--lead", type=int, choices=(0, 1))
     ask.add_argument("--steps", type=int, default=STEPS)
     args = ask.parse_args()
     torch.set_num_threads(1)
@@ -108,10 +107,7 @@ def main() -> None:
         begin, held = time.perf_counter(), int(name[4:]) if name.startswith("fold") else None
         data = [leads for k, leads in enumerate(everybody, 1) if k % FOLDS != held and leads]
         target = network.WEIGHTS / f"{name}.npz"
-        if args.lead is not None:
-            data = [[leads[args.lead]] for leads in data if len(leads) == 2]
-            target = HERE / f"out/lead{args.lead}-{name}.npz"
-        weights, loss = train(data, seed=0, steps=args.steps, mix=0.0 if args.lead is not None else MIX)
+        weights, loss = train(data, seed=0, steps=args.steps)
         target.parent.mkdir(parents=True, exist_ok=True)
         np.savez(target, **weights)
         line = {"name": target.stem, "people": len(data), "steps": args.steps, "loss": round(loss, 4)}

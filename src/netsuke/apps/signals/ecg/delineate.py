@@ -152,6 +152,8 @@ def single_beats(
             continue
         low, high = BEFORE + int(at[part][0]) - 3, BEFORE + int(at[part][2]) + 4
         low, high = max(low, 0), min(high, len(beat.wave))
+        if high - low < 5:  # marks at the very edge of the window leave nothing to compare
+            continue
         moved, fit = best_shifts(x, start + low - BEFORE, beat.wave[low:high], HASTE)
         good = same & (fit >= FIT)
         out[good, part] = (start + moved)[good, None] + at[part]

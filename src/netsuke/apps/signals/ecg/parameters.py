@@ -21,8 +21,17 @@ from netsuke.apps.signals.ecg.delineate import P, T, level_before
 
 MS = 1000 / RATE
 LOBE = 0.05  # mV: a smaller lobe of P or T is ignored
-DOUBTFUL = ("paced", "inverted", "missing in part", "short", "brisk", "fibrillation")  # make an interval fair at best
+DOUBTFUL = (
+    "paced",
+    "inverted",
+    "missing in part",
+    "short",
+    "brisk",
+    "fibrillation",
+    "noisy",
+)  # make an interval fair at best
 FAIR, POOR = 30.0, 50.0  # ms of plus_minus from which an interval is only fair, or poor
+P_CERTAIN = 0.95
 PARTS = {"PR": (0, 3), "QRS": (3, 4), "QT": (3, 7), "P duration": (0, 2), "T duration": (5, 7)}
 NEEDS = {"PR": ("P", "QRS"), "QRS": ("QRS",), "QT": ("QRS", "T"), "P duration": ("P",), "T duration": ("T",)}
 QTC: dict[str, Callable[[float, float], float]] = {
@@ -62,9 +71,11 @@ def grade(plus_minus: float, flags: list[str]) -> str:
 
 
 def intervals(
-    at: np.ndarray, spread: np.ndarray, rr: float, beats: int, reasons: dict[str, str], flags: list[str]
-) -> dict[str, Value]:
-    """PR, QRS, QT, P and T duration in ms, QTc four ways with the RR used, heart rate, from marks (8,) in samples."""
+    at: np.ndarray, spread: np.ndarray, rr: float, beats: int, reasons: dict[str, str], flags: list[str],
+    p_present: float = 1.0,
+) -> dict[str, Value]:  # fmt: skip
+    """PR, QRS, QT, P and T duration in ms, QTc four ways with the RR used, from marks (8,) in samples. What rests on P is
+    fair at best unless a P wave is certain (`p_present`)."""
     out = {}
     for name, (a, b) in PARTS.items():
         why = next((reasons[w] for w in NEEDS[name] if w in reasons), "")
@@ -74,7 +85,10 @@ def intervals(
             continue
         spreads = float(np.hypot(spread[a], spread[b]) * MS)
         known = spreads if math.isfinite(spreads) else None
-        out[name] = Value(float(length), "ms", grade(spreads, flags), beats, known)
+        quality_ = grade(spreads, flags)
+        if "P" in NEEDS[name] and p_present < P_CERTAIN and quality_ == "good":
+            quality_ = "fair"
+        out[name] = Value(float(length), "ms", quality_, beats, known)
     out |= corrected(out["QT"], rr)
     out["RR used"] = Value(rr, "s", "good", beats)
     return out

@@ -128,9 +128,8 @@ def segments(
             values = dict.fromkeys(parameters.PARTS, gap(d.reasons["QRS"], "ms"))
             values |= parameters.corrected(values["QT"], math.nan)
         else:
-            values = parameters.intervals(
-                d.marks, d.spread, d.beat.rr, int((d.beat.used & keep).sum()), d.reasons, d.flags
-            )
+            beats = int((d.beat.used & keep).sum())
+            values = parameters.intervals(d.marks, d.spread, d.beat.rr, beats, d.reasons, d.flags, d.p_present)
         why = [w for w, k in zip(d.beat_reasons, keep) if k]
         marks = block.start + d.per_beat[keep] / RATE
         yield Segment(block.keep_from, block.keep_to, r[keep], marks, why, values, d.flags, d)
@@ -226,7 +225,7 @@ def rates(r: np.ndarray, total: int, flags: Counter[str]) -> dict[str, Value]:
     if len(rr) < 2 or bad >= total:
         worst = next((f for f in ("missing", "flat", "noise only") if flags[f]), "short")
         return {k: gap(quality.sentence(worst), "/min") for k in ("heart rate", "lowest rate", "highest rate")}
-    doubtful = sum(flags[f] for f in ("noisy", "partly flat", "missing in part"))
+    doubtful = sum(flags[f] for f in ("very noisy", "partly flat", "missing in part"))
     q = "good" if bad + doubtful == 0 else "fair" if bad + doubtful <= total / 4 else "poor"
     width = min(8, len(rr))
     smooth = np.median(np.lib.stride_tricks.sliding_window_view(rr, width), axis=1)

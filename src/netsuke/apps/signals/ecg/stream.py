@@ -51,7 +51,7 @@ def ring(samples: Iterable[float], fs: float, seconds: float) -> Iterator[Block]
             drop = max(0, keep - margin - first)
             buffer[: have - drop] = buffer[drop:have].copy()
             have, first = have - drop, first + drop
-    if first + have - keep > fs:  # what is left, unless it is less than a second
+    if first + have - keep >= fs:  # what is left, unless it is less than a second
         yield Block(buffer[:have].copy(), first / fs, keep / fs, (first + have) / fs)
 
 
