@@ -14,7 +14,7 @@ TOOLS := gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm gcc-aarch64-l
 
 .PHONY: tools demo test lint bench pages fuzz clean
 
-.venv/ready: constraints.txt pyproject.toml $(shell find native -name "*.[ch]" -o -name "*.cpp" -o -name CMakeLists.txt)
+.venv/ready: constraints.txt pyproject.toml $(shell find native src/netsuke/graph/kernels -name "*.[ch]" -o -name "*.cpp" -o -name CMakeLists.txt)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'

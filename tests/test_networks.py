@@ -213,7 +213,7 @@ def broken(kind: str, place: Path) -> Path:
 
 
 FILES = {
-    "garbage.tflite": "flatbuffer", "empty.tflite": "empty.tflite", "truncated.tflite": "truncated", "operator.tflite": "Foo",
+    "garbage.tflite": "damaged", "empty.tflite": "empty.tflite", "truncated.tflite": "truncated", "operator.tflite": "Foo",
     "dynamic.tflite": "image", "nan.tflite": "conv.weight", "text.onnx": "onnx", "text.h5": "h5", "text.npz": "npz",
     "other.npz": "graph_json", "pickle.pkl": "pickle", "nan.netsuke": "first",
 }  # fmt: skip

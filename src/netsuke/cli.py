@@ -42,6 +42,13 @@ for _verb in VERBS:
     importlib.import_module(f"netsuke.{_verb}.command" if _verb in PACKAGES else f"netsuke.{_verb}").register(app)
 
 
+# applications: commands too, each in its own folder
+APPS = ("signals.ecg.command",)
+
+for _app in APPS:
+    importlib.import_module(f"netsuke.apps.{_app}").register(app)
+
+
 def main() -> None:
     as_json = "--json" in sys.argv
     try:
