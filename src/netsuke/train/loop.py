@@ -2,7 +2,8 @@
 
 Matrices inside the blocks are stepped by Muon (orthogonalised momentum, Jordan 2024; `torch.optim.Muon`), everything
 else by AdamW. The rate warms up, stays, and falls linearly to zero over the last part; progress is counted in steps or, when
-`minutes` is given, in whichever of time and steps is further along, so that a run always ends fully annealed.
+`minutes` is given, in whichever of time and steps is further along, so that a run always ends fully annealed. With `epoch` set
+the rate falls by a factor per epoch instead, as forecasters are trained, and `on_step` may end the run early.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class LoopKnobs:
     clip: float = 1.0
     minutes: float | None = None
     bf16: bool = False  # bfloat16 autocast: twice the tokens per second where the CPU has the instructions
+    epoch: int | None = None  # steps of an epoch: the full rate for `hold` epochs, then times `fall` after each
+    hold: int = 3
+    fall: float = 0.8
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 for noisy regression
 
 
 @dataclass
@@ -40,6 +45,8 @@ class History:
 
 def rate_at(progress: float, k: LoopKnobs) -> float:
     """Share of the full rate at a progress in [0, 1]."""
+    if k.epoch:
+        return k.fall ** max(0, round(progress * k.steps) // k.epoch - k.hold + 1)
     return max(0.0, min(1.0, (progress + 1e-9) / max(k.warmup, 1e-9), (1 - progress) / max(k.decay, 1e-9)))
 
 
@@ -52,7 +59,7 @@ def optimizers(model: nn.Module, k: LoopKnobs) -> list[tuple[torch.optim.Optimiz
     if inner:
         out.append((torch.optim.Muon(inner, lr=k.muon_lr, weight_decay=k.weight_decay), k.muon_lr))
     if rest:
-        out.append((torch.optim.AdamW(rest, lr=k.adam_lr, betas=(0.9, 0.95), weight_decay=0.0), k.adam_lr))
+        out.append((torch.optim.AdamW(rest, lr=k.adam_lr, betas=k.betas, weight_decay=0.0), k.adam_lr))
     return out
 
 
@@ -64,12 +71,12 @@ def train(
     *,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 240,
-    on_step: Callable[[int, float, float], None] | None = None,
+    on_step: Callable[[int, float, float], bool | None] | None = None,
 ) -> History:
     """Trains `model` in place on `loss(model, batch_at(step))` and returns its history.
 
     `batch_at` must depend on the step alone: a run that is resumed from `checkpoint` then sees the same batches.
-    `on_step(step, loss, rate)` is called after every step.
+    `on_step(step, loss, rate)` is called after every step and ends the run when it returns True.
     """
     stepped = optimizers(model, knobs)
     history, step, spent = History(), 0, 0.0
@@ -113,8 +120,8 @@ def train(
             raise FloatingPointError(f"the loss became {number} at step {step}")
         history.steps.append(step)
         history.losses.append(number)
-        if on_step:
-            on_step(step, number, rate)
+        if on_step and on_step(step, number, rate):
+            break
         if checkpoint and time.monotonic() - last_save > checkpoint_seconds:
             last_save, spent, start = time.monotonic(), spent + time.monotonic() - start, time.monotonic()
             save()

@@ -10,7 +10,7 @@ New rows add to them exactly; a forgetting factor per row lets old windows fade.
 time path       alternating least squares: with A2 fixed, each row of A1 is a p x p solve, and the other way round
 frequency path  reduced-rank regression (Izenman, 1975) on the first bins' cosines and sines: real rank 2, which the complex
                 rank 2 contains; the complex weights that give exactly this matrix are returned
-both            in turns, each on what the other leaves
+both            each fitted by itself; alpha mixes two forecasts
 
 When to use it: always first. When not: with smoothing, whose taps need moments of every lag; Adam starts from these then.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from netsuke.apps.signals.forecast.fold import Array, Shape, frequency_matrix, inverse, spectrum, time_matrix
+from netsuke.apps.signals.forecast.fold import Array, Shape, inverse, spectrum, time_matrix
 
 RIDGE = 1e-6  # of the mean diagonal: a solve must not fail on constant phases, and must not be seen in a forecast
 
@@ -175,21 +175,12 @@ def fit_frequency(sxx: Array, sxy: Array, shape: Shape, lpf: int, rank: int = 2)
     return w1, w2
 
 
-def fit_both(
-    moments: Moments, alpha: float, lpf: int, *, rounds: int = 10, seed: int = 0
-) -> tuple[Array, Array, Array, Array]:
-    """(A1, A2, W1, W2) for y = alpha time + (1 - alpha) frequency: the two in turns, each on what the other leaves."""
+def fit_both(moments: Moments, alpha: float, lpf: int, seed: int = 0) -> tuple[Array, Array, Array, Array]:
+    """(A1, A2, W1, W2): each path the best forecast by itself, for alpha to mix; a path that alpha leaves out is zero."""
     s, sxx, sxy = moments.shape, moments.sxx, moments.sxy
-    a1, a2 = fit_time(sxx, sxy, s, seed=seed)
-    w1, w2 = fit_frequency(sxx, sxy, s, lpf)
-    if alpha == 1:
-        return a1, a2, np.zeros_like(w1), np.zeros_like(w2)
-    if alpha == 0:
-        return np.zeros_like(a1), np.zeros_like(a2), w1, w2
-    w2 = w2 * 0.0
-    for _ in range(rounds):
-        time = time_matrix(a1, a2, s)
-        w1, w2 = fit_frequency(sxx, sxy - sxx @ time.T, s, lpf)
-        left = sxy - sxx @ frequency_matrix(w1, w2, s).T
-        a1, a2 = fit_time(sxx, left, s, sweeps=30, start=(a1, a2))
-    return a1, a2 / alpha, w1, w2 / (1 - alpha)
+    none = np.zeros((s.q, s.p))
+    a1, a2 = fit_time(sxx, sxy, s, seed=seed) if alpha > 0 else (none, none)
+    w1, w2 = (
+        fit_frequency(sxx, sxy, s, lpf) if alpha < 1 else (np.zeros((2, lpf), complex), np.zeros((s.m, 2), complex))
+    )
+    return a1, a2, w1, w2
