@@ -74,6 +74,7 @@ class MixLinear:
     seed: int = 0
     epochs: int = 30
     rate: float = 0.01
+    asked: tuple[float | str, int | str] = field(init=False, repr=False)  # alpha and lpf before fit decided
     names: list[str] = field(default_factory=list, init=False)
     notes: list[str] = field(default_factory=list, init=False)
     shape: Shape | None = field(default=None, init=False)
@@ -82,7 +83,7 @@ class MixLinear:
     moments: Moments | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        asked = "forecast with these settings"
+        asked, self.asked = "forecast with these settings", (self.alpha, self.lpf)
         if not _whole(self.horizon) or self.horizon < 1:
             raise NetsukeError(asked, f"the horizon is {self.horizon!r}", "a whole number of rows, 1 or more")
         for name, least in (("lookback", 2), ("period", 1), ("lpf", 1)):
@@ -155,17 +156,16 @@ class MixLinear:
                 f"{need + m * w} or more: look-back {n * w}, horizon {m * w} and as much to validate on",
                 "a shorter look-back or horizon",
             )  # fmt: skip
-        if self.lpf != "auto" and self.lpf > n:
-            raise NetsukeError(asked, f"lpf is {self.lpf}", f"1 to {n}, the periods of the look-back")
+        if self.asked[1] != "auto" and self.asked[1] > n:
+            raise NetsukeError(asked, f"lpf is {self.asked[1]}", f"1 to {n}, the periods of the look-back")
         return Shape(n * w, h, w)
 
     def _chosen(self, scaled: Array, cut: int) -> tuple[float, int]:
         """alpha and lpf: the given ones, or those of the least error on the rows behind `cut`."""
         n = self.shape.n
-        alphas = ALPHAS if self.alpha == "auto" else (float(self.alpha),)
-        bins = (
-            sorted({1, *(max(1, round(n * k)) for k in (0.1, 0.2, 0.35, 0.51))}) if self.lpf == "auto" else (self.lpf,)
-        )
+        alpha, lpf = self.asked
+        alphas = ALPHAS if alpha == "auto" else (float(alpha),)
+        bins = sorted({1, *(max(1, round(n * k)) for k in (0.1, 0.2, 0.35, 0.51))}) if lpf == "auto" else (lpf,)
         if len(alphas) * len(bins) == 1:
             return alphas[0], int(bins[0])
         seen, later = (Moments(self.shape, scaled.shape[1]) for _ in range(2))

@@ -172,7 +172,8 @@ def fit_frequency(sxx: Array, sxy: Array, shape: Shape, lpf: int, rank: int = 2)
     w1[:rank, :bins] = inner[:, :bins]
     w1[:rank, sines] -= 1j * inner[:, bins:]  # Re(w e) = Re w Re e - Im w Im e
     w2[:, :rank] = np.linalg.solve(inverse(shape), outer.astype(complex))
-    return w1, w2
+    size = np.sqrt(np.linalg.norm(w2) / max(np.linalg.norm(w1), 1e-30))  # of one size, for Adam's steps
+    return w1 * size, w2 / max(size, 1e-30)
 
 
 def fit_both(moments: Moments, alpha: float, lpf: int, seed: int = 0) -> tuple[Array, Array, Array, Array]:

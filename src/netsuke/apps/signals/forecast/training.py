@@ -62,6 +62,12 @@ def fit(
     order: dict[int, Tensor] = {}
     best: dict[str, object] = {"validation": np.inf, "epochs": 0}
 
+    def judge(number: int) -> None:
+        found = errors(model, validation, shape)[0]
+        if found < best["validation"]:
+            state = {k: v.clone() for k, v in model.state_dict().items()}
+            best.update(validation=found, epochs=number, state=state)
+
     def batch_at(step: int) -> Tensor:
         number = step // epoch
         if number not in order:
@@ -80,13 +86,11 @@ def fit(
             on_step(step, plan.epochs * epoch)
         if step % epoch:
             return False
-        found = errors(model, validation, shape)[0]
-        if found < best["validation"]:
-            state = {k: v.clone() for k, v in model.state_dict().items()}
-            best.update(validation=found, epochs=step // epoch, state=state)
+        judge(step // epoch)
         return step // epoch - best["epochs"] >= plan.patience
 
     knobs = LoopKnobs(steps=plan.epochs * epoch, adam_lr=plan.rate, clip=float("inf"), epoch=epoch, betas=(0.9, 0.999))
+    judge(0)  # a start from moments may be hard to better
     history = train(model, batch_at, loss, knobs, on_step=after)
     model.load_state_dict(best["state"])
     return {"epochs": best["epochs"], "validation": best["validation"], "seconds": history.seconds}

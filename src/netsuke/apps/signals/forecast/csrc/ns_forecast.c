@@ -56,7 +56,7 @@ void ns_forecast_run(const ns_forecast *f, float *x, float *y) {
   }
 }
 
-void ns_moments_add(const ns_moments *s, const float *window) {
+void ns_moments_add(const ns_moments *s, const float *window, float keep) {
   const int32_t w = s->period;
   const float mean = mean_of(window, s->n * w), *later = window + s->n * w;
   float *xx = s->sxx, *xy = s->sxy;
@@ -64,12 +64,12 @@ void ns_moments_add(const ns_moments *s, const float *window) {
     for (int32_t e = 0; e <= i; e++, xx++) {
       float total = 0.0f;
       for (int32_t j = 0; j < w; j++) total += (window[i * w + j] - mean) * (window[e * w + j] - mean);
-      *xx = *xx * s->forget + total;
+      *xx = *xx * keep + total;
     }
     for (int32_t k = 0; k < s->m; k++, xy++) {
       float total = 0.0f;
       for (int32_t j = 0; j < w; j++) total += (window[i * w + j] - mean) * (later[k * w + j] - mean);
-      *xy = *xy * s->forget + total;
+      *xy = *xy * keep + total;
     }
   }
 }

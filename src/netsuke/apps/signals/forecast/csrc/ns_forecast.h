@@ -31,14 +31,13 @@ void ns_forecast_run(const ns_forecast *f, float *x, float *y);
 /* Second moments of all windows of (n + m) * period rows, and the time path that alternating least squares makes of them. */
 typedef struct {
   int32_t period, n, m, p, q;
-  float forget;   /* per window, 1: nothing fades */
-  float *sxx;     /* n (n + 1) / 2, rows of the lower triangle */
-  float *sxy;     /* (n, m) */
+  float *sxx; /* n (n + 1) / 2, rows of the lower triangle */
+  float *sxy; /* (n, m) */
   float *across, *inside; /* (q, p) each, refined in place */
 } ns_moments;
 
-/* One more window: the sums over its phases, centred by the mean of its first n periods. */
-void ns_moments_add(const ns_moments *s, const float *window);
+/* One more window: the sums over its phases, centred by the mean of its first n periods, added to `keep` times the old ones. */
+void ns_moments_add(const ns_moments *s, const float *window, float keep);
 
 /* One sweep: each row of `inside` with `across` fixed, then the other way round. p <= NS_FORECAST_LARGEST_P. */
 void ns_moments_sweep(const ns_moments *s);

@@ -1,0 +1,115 @@
+"""How wrong a forecast was on rows that the forecaster had not seen: rolling origins, bands per step, floors beside it.
+
+The last part of the series is cut into folds. Before each fold the forecaster learns from everything earlier; then it forecasts
+from every origin whose look-back and horizon it can see. Alpha and lpf, when automatic, are chosen before the first fold only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from netsuke.apps.signals.forecast import fold
+from netsuke.apps.signals.forecast.floors import FLOORS
+from netsuke.apps.signals.forecast.fold import Array
+from netsuke.apps.signals.forecast.forecaster import MixLinear
+from netsuke.apps.signals.forecast.series import Series, filled
+from netsuke.errors import NetsukeError
+
+LEVELS = (0.025, 0.1, 0.5, 0.9, 0.975)  # quantiles of the error: bands of 95 % and 80 %
+TESTED = 0.3  # share of the rows, where no more is needed for learning
+MOST = 4000  # origins a fold and channel; more are thinned evenly
+
+
+@dataclass
+class Backtest:
+    """bands (levels, horizon, channels): quantiles of truth - forecast in the series' units
+    scores   per method {mse, mae}: errors divided by each channel's deviation before the first fold
+    folds    [{first, last (rows of origins), mse}];  by_step (horizon): mse of the forecaster
+    channels  per name {mse, mae, best floor's mae} in the series' units
+    """
+
+    bands: Array
+    scores: dict[str, dict[str, float]]
+    folds: list[dict[str, Any]]
+    by_step: Array
+    channels: dict[str, dict[str, float]]
+    model: MixLinear
+
+    @property
+    def beaten(self) -> list[str]:
+        """Floors that are better than the forecaster in MSE."""
+        return [k for k in FLOORS if self.scores[k]["mse"] < self.scores["MixLinear"]["mse"]]
+
+    def as_dict(self) -> dict[str, Any]:
+        m = self.model
+        return {
+            "horizon": m.horizon, "lookback": m.shape.lookback, "period": m.shape.period, "alpha": m.alpha, "lpf": m.lpf,
+            "parameters": m.n_parameters(), "scores": self.scores, "better_floors": self.beaten, "folds": self.folds,
+            "by_step": self.by_step.tolist(), "channels": self.channels, "levels": list(LEVELS),
+            "bands": {n: self.bands[:, :, k].tolist() for k, n in enumerate(m.names)}, "notes": m.notes,
+        }  # fmt: skip
+
+
+def backtest(
+    series: Series, model: MixLinear, *, folds: int = 5, on_fold: Callable[[int, int], None] | None = None
+) -> Backtest:
+    """Tests the settings of `model`, which is left as it is. Raises NetsukeError when the series is too short for it."""
+    rows, asked = len(series.values), f"backtest {model.horizon} rows ahead"
+    if folds < 1:
+        raise NetsukeError(asked, f"{folds} folds", "1 or more")
+    cut = int((1 - TESTED) * rows)
+    if rows - cut < model.horizon + folds:
+        raise NetsukeError(
+            asked,
+            f"the last {TESTED:.0%} are {rows - cut} rows",
+            f"{model.horizon + folds} or more",
+            "a shorter horizon",
+        )
+    edges = np.linspace(cut, rows - model.horizon + 1, folds + 1).astype(
+        int
+    )  # a forecast begins at row e - 1 at the latest
+    chosen, square, wrong, parts = model, [], [], []
+    floor_errors: dict[str, list[Array]] = {k: [] for k in FLOORS}
+    scale = None
+    for k, (first, last) in enumerate(pairwise(edges)):
+        if on_fold:
+            on_fold(k, folds)
+        known = Series(series.values[:first], series.names, series.start, series.step)
+        chosen = (chosen if k == 0 else chosen.like(alpha=chosen.alpha, lpf=chosen.lpf)).like().fit(known)
+        s = chosen.shape
+        scale = chosen.scale if scale is None else scale
+        values, _ = filled(series, model.missing, s.period)
+        truth = np.isfinite(series.values)
+        origins = np.unique(np.linspace(first, last - 1, min(MOST, last - first)).astype(int))
+        seen = np.lib.stride_tricks.sliding_window_view(values, s.lookback + s.horizon, 0)[origins - s.lookback]
+        there = np.lib.stride_tricks.sliding_window_view(truth, s.horizon, 0)[origins]  # filled values judge nobody
+        x, y = seen[..., : s.lookback], np.where(there, seen[..., s.lookback :], np.nan)  # (origins, channels, …)
+        error = y - fold.forecast(x, chosen.matrix(), chosen.weights.kernel, s)
+        wrong.append(error)
+        for name, floor in FLOORS.items():
+            floor_errors[name].append(y - floor(x, s))
+        square.append(float(np.nanmean((error / scale[:, None]) ** 2)))
+        parts.append({"first": int(first), "last": int(last - 1), "origins": len(origins), "mse": square[-1]})
+    if on_fold:
+        on_fold(folds, folds)
+    error = np.concatenate(wrong)
+    every = {"MixLinear": error} | {k: np.concatenate(v) for k, v in floor_errors.items()}
+    scores = {
+        k: {"mse": float(np.nanmean((e / scale[:, None]) ** 2)), "mae": float(np.nanmean(np.abs(e / scale[:, None])))}
+        for k, e in every.items()
+    }
+    channels = {
+        n: {
+            "mse": float(np.nanmean(error[:, c] ** 2)), "mae": float(np.nanmean(np.abs(error[:, c]))),
+            "best_floor_mae": min(float(np.nanmean(np.abs(every[k][:, c]))) for k in FLOORS),
+        }
+        for c, n in enumerate(series.names)
+    }  # fmt: skip
+    bands = np.nanquantile(error, LEVELS, axis=0).transpose(0, 2, 1)
+    by_step = np.nanmean((error / scale[:, None]) ** 2, axis=(0, 1))
+    return Backtest(bands, scores, parts, by_step, channels, chosen)
