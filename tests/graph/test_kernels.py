@@ -51,10 +51,10 @@ def weights(rng, g, shape, axis, dtype, outs):
 
 
 def result(g, rng, name, shape, dtype):
-    """The output tensor; an int8 one has a scale with which the outputs fill its range."""
+    """The output tensor; an int8 one has a scale that fills its range, or one so small that shifts go below 33."""
     t = tensor(rng, name, shape, dtype)
     if dtype == "int8":
-        t.scale = np.float64(rng.uniform(0.1, 0.4))
+        t.scale = np.float64(10.0 ** rng.uniform(-3.5, -0.4))
     return t
 
 
@@ -398,11 +398,6 @@ def test_refusals_name_the_operator():
     w = g.constant("w", codes(rng, (3, 3, 3, 3)), scale=np.full(3, 0.01), axis=0)
     g.outputs = (g.append("conv2d", (0, w), tensor(rng, "y", (2, 2, 2, 3)), name="stem"),)
     with pytest.raises(NetsukeError, match=r"stem \(conv2d\).*2 images"):
-        lower(g, plan_arena(g, scratch))
-    g = graph_of(rng, (1, 80000))
-    w = g.constant("w", np.zeros((1, 80000), np.int8), dtype="int4", scale=np.full(1, 0.01), axis=0)
-    g.outputs = (g.append("dense", (0, w), tensor(rng, "y", (1, 1)), name="wide"),)
-    with pytest.raises(NetsukeError, match=r"wide \(dense\): 80000 products of int4 weights.*65793"):
         lower(g, plan_arena(g, scratch))
     g = graph_of(rng, (1, 4))
     g.outputs = (g.append("warp", (0,), tensor(rng, "y", (1, 4)), name="odd"),)

@@ -9,7 +9,7 @@ import numpy as np
 from netsuke.graph.ir import Op, QGraph, Tensor
 from netsuke.graph.lower import SPARE, Lowering, Pointer, Rule
 from netsuke.graph.ops.base import first, limits
-from netsuke.graph.ops.conv import pointwise, ratios
+from netsuke.graph.ops.conv import LARGEST_SUM, largest_bias, pointwise, ratios
 from netsuke.graph.ops.elementwise import FUNCTIONS, softmax_table
 from netsuke.graph.ops.shape import one_scale, pool_counts, pool_multipliers
 from netsuke.graph.requant import multipliers, sum_multipliers
@@ -17,7 +17,6 @@ from netsuke.graph.requant import multipliers, sum_multipliers
 BLOCK = 4  # rows (pixels) that the integer kernels work on at once
 STRIP = 8  # rows of outputs for which a depthwise convolution copies one channel's rows out
 UNARY = tuple(FUNCTIONS)  # the numbers of unary_f32.c
-LONGEST_INT4 = (1 << 31) // (255 * 8 * 16)  # products of a sum: the M4's kernels add up 16 times the weights
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -66,6 +65,16 @@ def _weights(lowering: Lowering, op: Op, by_channel: bool = False, position: int
     return lowering.constant(index, f"{t.dtype}{'.by_channel' if swap else ''}", make)
 
 
+def _room(graph: QGraph, op: Op) -> int:
+    """By how many bits every sum of an integer linear operator may be shifted left and still fit 32 bits: 0 to 8."""
+    b = graph.tensors[op.inputs[2]] if len(op.inputs) > 2 and op.inputs[2] >= 0 else None
+    if b is not None and (b.variable or not b.constant):
+        return 0
+    w = graph.tensors[op.inputs[1]]
+    products = LARGEST_SUM - largest_bias(w, op.kind) + (0 if b is None else np.abs(b.data.astype(np.int64)))
+    return max(0, min(8, 31 - int(np.max(products)).bit_length()))
+
+
 def _linear(lowering: Lowering, op: Op, kernel: str, shape: dict[str, int], by_channel: bool = False) -> None:
     """A call of one of the linear kernels, integer, float or hybrid, whose dimensions are `shape`."""
     graph = lowering.graph
@@ -76,10 +85,8 @@ def _linear(lowering: Lowering, op: Op, kernel: str, shape: dict[str, int], by_c
     source, target = lowering.tensor(op.inputs[0]), lowering.tensor(op.outputs[0])
     params = shape | _clip(graph, op)
     if x.dtype == "int8":
-        if w.dtype == "int4" and (length := w.size // ratios(graph, op).size) > LONGEST_INT4:
-            raise lowering.refuse(f"{length} products of int4 weights a sum", f"{LONGEST_INT4}")
         m, shift = multipliers(ratios(graph, op))
-        params |= {"zx": x.zero, "zy": y.zero, "shift": shift}
+        params |= {"zx": x.zero, "zy": y.zero, "shift": shift, "room": _room(graph, op)}
         name = f"{kernel}_w4" if w.dtype == "int4" else kernel
         lowering.call(name, params, source, weights, bias, lowering.table("m", m), target, lowering.scratch())
     elif w.dtype == "float32":

@@ -60,7 +60,7 @@ NS_INLINE void gather(const ns_conv2d_params *p, const int8_t *x, int32_t iy, in
 NS_INLINE void conv2d(const ns_conv2d_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m,
                       int8_t *y, int16_t *block, const int32_t staged, const int32_t w4) {
   const int32_t n = p->c / p->groups, o = p->o / p->groups, k = p->kh * p->kw * n, pixels = p->oh * p->ow;
-  const ns_rows g = ns_rows_of(k, o, p->o, p->zx, p->zy, p->shift, p->low, p->high, w4);
+  const ns_rows g = ns_rows_of(k, o, p->o, p->zx, p->zy, p->shift, p->room, p->low, p->high, w4);
   const int32_t stride = w4 ? (k + 1) / 2 : k;
   target to = {&g, block, staged ? (int8_t *)(block + (pixels < 3 ? pixels : NS_BLOCK) * g.kp) : NULL, 0, 0, 0};
   if (staged) memset(to.bytes + k, p->zx, (size_t)(g.kp - k)); /* what fills the last word stays */

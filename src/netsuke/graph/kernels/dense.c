@@ -4,7 +4,7 @@
 /* Rows go downwards when the output is longer than the input, so that it overwrites only what has been read. */
 NS_INLINE void dense(const ns_dense_params *p, const int8_t *x, const void *w, const int32_t *bias, const int32_t *m, int8_t *y,
                      int16_t *block, const int32_t w4) {
-  const ns_rows g = ns_rows_of(p->i, p->o, p->o, p->zx, p->zy, p->shift, p->low, p->high, w4);
+  const ns_rows g = ns_rows_of(p->i, p->o, p->o, p->zx, p->zy, p->shift, p->room, p->low, p->high, w4);
   int32_t packed;
   const int32_t length = ns_run_length(&g, p->rows, x != y, &packed);
   ns_run run;

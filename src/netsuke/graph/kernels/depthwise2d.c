@@ -76,11 +76,11 @@ NS_INLINE void square_rows(const ns_depthwise2d_params *p, const shape *s, const
   if (w4) {
     int8_t taps[NS_DW_TAPS * NS_DW_TAPS];
     for (int32_t tap = 0; tap < s->taps; tap++) taps[tap] = (int8_t)weight(w, tap, s->taps, o, s->outs, w4);
-    total = ns_dw_weights_of(words, taps, 1, p->kw, p->sx);
+    total = ns_dw_weights_of(words, taps, 1, scale.up, p->kw, p->sx);
   } else {
-    total = ns_dw_weights_of(words, (const int8_t *)w + o, s->outs, p->kw, p->sx);
+    total = ns_dw_weights_of(words, (const int8_t *)w + o, s->outs, scale.up, p->kw, p->sx);
   }
-  const int32_t first = ns_wrap_add(bias, -ns_wrap_mul(p->zx, total)), bytes = s->width * 2, whole = p->ow & ~3;
+  const int32_t first = ns_wrap_add(ns_wrap_mul(bias, 1 << scale.up), -ns_wrap_mul(p->zx, total)), bytes = s->width * 2, whole = p->ow & ~3;
   const int32_t row = p->ow * s->outs, down = p->sy * s->width;
   ns_dw_rows rows = {y, s->outs, m, scale.addend, scale.shift, 8 * p->sx - (p->kh - 1) * bytes, {first, first, first, first},
                      y + row, strip, words, bytes, y + count * row, row, 2 * (down - p->ow * p->sx)};
@@ -119,7 +119,7 @@ NS_INLINE lanes lanes_of(const ns_depthwise2d_params *p, const void *w, const in
   l.w = (const int8_t *)w + c;
   l.first = bias ? ns_wide_load_n(bias + c, l.n) : ns_wide_all(0);
   l.m = ns_wide_load_n(m + c, l.n);
-  l.scale = ns_scale_of(p->shift, p->zy);
+  l.scale = ns_scale_of(p->shift, p->zy, p->room, 0);
   l.right = right;
   l.down = right * p->w;
   return l;
@@ -201,13 +201,13 @@ NS_INLINE void strips(const ns_depthwise2d_params *p, const int8_t *x, const voi
   s.width = (p->sx * ((p->ow + 3) & ~3) + p->dx * (ns_max(p->kw | 1, 3) - 1) + 1) & ~1;
   s.rows = (p->rows - 1) * p->sy + (p->kh - 1) * p->dy + 1, s.kept = ns_max(s.rows - p->rows * p->sy, 0);
 #if NS_WIDE
-  if (!w4 && p->times == 1 && ns_scale_of(p->shift, p->zy).quick && s.rows * p->w * NS_WIDE <= STRIP_BYTES) {
+  if (!w4 && p->times == 1 && ns_scale_of(p->shift, p->zy, p->room, 0).quick && s.rows * p->w * NS_WIDE <= STRIP_BYTES) {
     strips_wide(p, &s, x, w, bias, m, y);
     return;
   }
 #endif
 #if NS_DSP
-  const ns_scale scale = ns_scale_of(p->shift, p->zy);
+  const ns_scale scale = ns_scale_of(p->shift, p->zy, p->room, 0);
   const int32_t quick = scale.quick && p->low <= -128 && p->high >= 127;
   const ns_dw_loop loop = quick && p->kh == p->kw && p->dy == 1 && p->dx == 1 ? ns_dw_of(p->kw, p->sx) : NULL;
 #endif
@@ -256,7 +256,7 @@ NS_INLINE void direct(const ns_depthwise2d_params *p, const int8_t *x, const voi
                       int8_t *y, const int32_t w4) {
   const int32_t outs = p->c * p->times;
 #if NS_WIDE
-  if (!w4 && p->times == 1 && ns_scale_of(p->shift, p->zy).quick) {
+  if (!w4 && p->times == 1 && ns_scale_of(p->shift, p->zy, p->room, 0).quick) {
     direct_wide(p, x, w, bias, m, y);
     return;
   }

@@ -4,6 +4,7 @@
  * of the fields, and that one structure is another's, from this header (graph/abi.py).
  *
  * Images are NHWC with N = 1. int8: y = clip(((sum * m + 2^(shift-1)) >> shift) + zy, low, high), m per output channel.
+ * room: by how many bits (0 to 8) every such sum, bias included, may be shifted left without overflow.
  * Weights are (O, KH, KW, I), depthwise (KH, KW, C), dense (O, I); every int8 or int4 weight array ends with 4 spare
  * bytes, which may be read. int4 (w4): two codes a byte, low nibble first, every output channel's row on a byte of its own
  * (depthwise: one row of taps per channel). bias may be NULL. scratch: as many bytes as graph/lower.py plans, 4-byte aligned.
@@ -19,7 +20,7 @@ extern "C" {
 
 /* Rows of i numbers times a matrix. A pointwise convolution is one, with a row per pixel. y may be x. */
 typedef struct {
-  int32_t rows, i, o, zx, zy, shift, low, high;
+  int32_t rows, i, o, zx, zy, shift, room, low, high;
 } ns_dense_params;
 typedef ns_dense_params ns_dense_w4_params;
 void ns_dense(const ns_dense_params *p, const int8_t *x, const int8_t *w, const int32_t *bias, const int32_t *m, int8_t *y,
@@ -29,7 +30,7 @@ void ns_dense_w4(const ns_dense_w4_params *p, const int8_t *x, const uint8_t *w,
 
 /* h, w, c: input; stride sy, sx; dilation dy, dx; padding before: top, left. */
 typedef struct {
-  int32_t h, w, c, oh, ow, o, kh, kw, sy, sx, dy, dx, top, left, groups, zx, zy, shift, low, high;
+  int32_t h, w, c, oh, ow, o, kh, kw, sy, sx, dy, dx, top, left, groups, zx, zy, shift, room, low, high;
 } ns_conv2d_params;
 typedef ns_conv2d_params ns_conv2d_w4_params;
 void ns_conv2d(const ns_conv2d_params *p, const int8_t *x, const int8_t *w, const int32_t *bias, const int32_t *m, int8_t *y,
@@ -40,7 +41,7 @@ void ns_conv2d_w4(const ns_conv2d_w4_params *p, const int8_t *x, const uint8_t *
 /* Output channel c * times + k reads channel c. With times = 1 y may be x: a strip of one channel's rows, enough for `rows`
  * output rows, is copied out before that channel's lane is overwritten. */
 typedef struct {
-  int32_t h, w, c, oh, ow, times, kh, kw, sy, sx, dy, dx, top, left, rows, zx, zy, shift, low, high;
+  int32_t h, w, c, oh, ow, times, kh, kw, sy, sx, dy, dx, top, left, rows, zx, zy, shift, room, low, high;
 } ns_depthwise2d_params;
 typedef ns_depthwise2d_params ns_depthwise2d_w4_params;
 void ns_depthwise2d(const ns_depthwise2d_params *p, const int8_t *x, const int8_t *w, const int32_t *bias, const int32_t *m,

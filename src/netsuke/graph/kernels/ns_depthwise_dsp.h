@@ -185,15 +185,15 @@ NS_INLINE void ns_dw_widen(const int8_t *x, int32_t c, int32_t n, int16_t *out) 
       : "cc", "memory");
 }
 
-/* The weights of a channel, which lie `step` bytes apart, as the loops read them; returns their sum. */
-NS_INLINE int32_t ns_dw_weights(int32_t *out, const int8_t *w, int32_t step, const int32_t k, const int32_t stride) {
+/* The weights of a channel, which lie `step` bytes apart, as the loops read them, `up` bits up; returns their sum. */
+NS_INLINE int32_t ns_dw_weights(int32_t *out, const int8_t *w, int32_t step, int32_t up, const int32_t k, const int32_t stride) {
   const int32_t words = stride == 1 ? k - 1 : (k + 1) / 2;
   int32_t total = 0;
 #pragma GCC unroll 1
   for (int32_t y = 0; y < k; y++, out += k - 1) {
     int32_t tap[NS_DW_TAPS + 1];
 #pragma GCC unroll 8
-    for (int32_t x = 0; x < k; x++, w += step) total += tap[x] = *w;
+    for (int32_t x = 0; x < k; x++, w += step) total += tap[x] = *w * (1 << up);
     tap[k] = 0;
 #pragma GCC unroll 8
     for (int32_t x = 0; x < words; x++) {
@@ -204,13 +204,13 @@ NS_INLINE int32_t ns_dw_weights(int32_t *out, const int8_t *w, int32_t step, con
   return total;
 }
 
-NS_INLINE int32_t ns_dw_weights_of(int32_t *out, const int8_t *w, int32_t step, int32_t k, int32_t stride) {
+NS_INLINE int32_t ns_dw_weights_of(int32_t *out, const int8_t *w, int32_t step, int32_t up, int32_t k, int32_t stride) {
   if (stride == 1) {
-    return k == 3 ? ns_dw_weights(out, w, step, 3, 1) : k == 5 ? ns_dw_weights(out, w, step, 5, 1)
-                                                               : ns_dw_weights(out, w, step, 7, 1);
+    return k == 3 ? ns_dw_weights(out, w, step, up, 3, 1) : k == 5 ? ns_dw_weights(out, w, step, up, 5, 1)
+                                                               : ns_dw_weights(out, w, step, up, 7, 1);
   }
-  return k == 3 ? ns_dw_weights(out, w, step, 3, 2) : k == 5 ? ns_dw_weights(out, w, step, 5, 2)
-                                                             : ns_dw_weights(out, w, step, 7, 2);
+  return k == 3 ? ns_dw_weights(out, w, step, up, 3, 2) : k == 5 ? ns_dw_weights(out, w, step, up, 5, 2)
+                                                             : ns_dw_weights(out, w, step, up, 7, 2);
 }
 
 #endif

@@ -3,7 +3,7 @@
  * A word of four codes gives the pairs (0, 2) and (1, 3) in one instruction each: SXTB16 for weights, SXTAB16 for
  * activations, which subtracts the zero point on the way. Four rows of activations lie interleaved, so that one LDM brings the
  * same pair of all of them: 13 instructions for 16 products. int4 weights are used times 16, which leaves their sign where it
- * is; the sum is divided again. Written as assembly because a loop like this needs all 14 registers. */
+ * is; the rescaling takes the 4 bits back. Written as assembly because a loop like this needs all 14 registers. */
 #ifndef NS_DSP_H
 #define NS_DSP_H
 
@@ -58,6 +58,7 @@ typedef struct {
   int8_t *y;
   int32_t addend, shift, step; /* step: from row to row of y */
   const void *w;
+  int32_t up; /* bits that sums are shifted left by before they are rescaled */
 } ns_channels;
 
 #define NS_NAKED static __attribute__((naked, noinline, unused))
@@ -82,6 +83,14 @@ typedef struct {
   "smmla " sum ", " sum ", lr, r5\n"            \
   "asr " sum ", r6\n"                           \
   "ssat " sum ", #8, " sum "\n"
+#define NS_UP4                                  \
+  "ldr r7, [r0, #28]\n"                         \
+  "cbz r7, 8f\n"                                \
+  "lsl r8, r8, r7\n"                            \
+  "lsl r9, r9, r7\n"                            \
+  "lsl r10, r10, r7\n"                          \
+  "lsl r11, r11, r7\n"                          \
+  "8:\n"
 #define NS_CHANNELS_END                         \
   "ldm r0, {r2-r6, r12}\n"                      \
   "ldr lr, [r3], #4\n"                          \
@@ -108,17 +117,18 @@ NS_NAKED void ns_channels_w8(ns_channels *c) {
           "0: .byte (1f-0b)/2, (4f-0b)/2, (3f-0b)/2, (2f-0b)/2\n"
           "1:\n" NS_GROUP4 "2:\n" NS_GROUP4 "3:\n" NS_GROUP4 "4:\n" NS_GROUP4
           "cmp r1, r7\n"
-          "bne 1b\n" NS_CHANNELS_END);
+          "bne 1b\n" NS_UP4 NS_CHANNELS_END);
   (void)c;
 }
 
-/* With int4 weights the sums are 16 times as large until the bias is added. */
+/* With int4 weights the sums are 4 bits up, and so is the bias. */
 NS_NAKED void ns_channels_w4(ns_channels *c) {
   __asm__(NS_CHANNELS_BEGIN
-          "mov r8, #0\n"
-          "mov r9, #0\n"
-          "mov r10, #0\n"
-          "mov r11, #0\n"
+          "ldr r8, [r3, r4]\n"
+          "lsl r8, r8, #4\n"
+          "mov r9, r8\n"
+          "mov r10, r8\n"
+          "mov r11, r8\n"
           "1:\n"
           "ldr r12, [r1]\n"
           "and r12, r12, #0xf0f0f0f0\n" NS_PAIR4("") NS_PAIR4(", ror #8")
@@ -126,14 +136,7 @@ NS_NAKED void ns_channels_w4(ns_channels *c) {
           "lsl r12, r12, #4\n"
           "and r12, r12, #0xf0f0f0f0\n" NS_PAIR4("") NS_PAIR4(", ror #8")
           "cmp r1, r7\n"
-          "bne 1b\n"
-          "ldr r3, [r0, #4]\n"
-          "ldr r4, [r0, #-16]\n"
-          "ldr r4, [r3, r4]\n"
-          "add r8, r4, r8, asr #4\n"
-          "add r9, r4, r9, asr #4\n"
-          "add r10, r4, r10, asr #4\n"
-          "add r11, r4, r11, asr #4\n" NS_CHANNELS_END);
+          "bne 1b\n" NS_CHANNELS_END);
   (void)c;
 }
 
@@ -145,6 +148,7 @@ typedef struct {
   const int32_t *end, *m;
   int8_t *y;
   const void *w;
+  int32_t up;
 } ns_row;
 
 /* r0 the structure, r1 and r2 weights, r3 activations, r8 and r9 sums, r11 end of the weights, r12 m */
@@ -177,6 +181,9 @@ NS_NAKED void ns_row_w8(ns_row *row) {
           "1:\n" NS_GROUP1 "2:\n" NS_GROUP1 "3:\n" NS_GROUP1 "4:\n" NS_GROUP1
           "cmp r1, r11\n"
           "bne 1b\n"
+          "ldr r11, [r0, #48]\n"
+          "lsl r8, r8, r11\n"
+          "lsl r9, r9, r11\n"
           "ldrd r4, r5, [r12], #8\n"
           "ldrd r6, r7, [r0, #24]\n"
           "ldr r10, [r0, #40]\n"

@@ -51,16 +51,19 @@ NS_INLINE int8_t ns_requant(int32_t total, int32_t m, int32_t shift, int32_t zer
 }
 
 /* The same on words: with 33 <= shift the low word of the product takes no part, and rounding and zero point are one addend:
- * ((total * m >> 32) + addend) >> (shift - 32). `quick` is 0 for other shifts. */
+ * ((total * m >> 32) + addend) >> (shift - 32). Where the shift is smaller, total is shifted left by `up` first, if there is
+ * room for it; `quick` is 0 where there is none. */
 typedef struct {
-  int32_t addend, shift, quick;
+  int32_t up, addend, shift, quick;
 } ns_scale;
 
-NS_INLINE ns_scale ns_scale_of(int32_t shift, int32_t zero) {
-  ns_scale s = {0, 0, 0};
-  if (shift >= 33 && shift <= 54) {
-    s.shift = shift - 32;
-    s.addend = (int32_t)(1u << (shift - 33)) + zero * (int32_t)(1u << (shift - 32));
+/* At least `up` bits up. */
+NS_INLINE ns_scale ns_scale_of(int32_t shift, int32_t zero, int32_t room, int32_t up) {
+  ns_scale s = {ns_max(up, 33 - shift), 0, 0, 0};
+  const int32_t whole = shift + s.up;
+  if (s.up <= room && whole <= 54) {
+    s.shift = whole - 32;
+    s.addend = (int32_t)(1u << (whole - 33)) + zero * (int32_t)(1u << (whole - 32));
     s.quick = 1;
   }
   return s;

@@ -12,18 +12,22 @@
 #define NS_BLOCK 4  /* rows at once */
 #define NS_TILE 16  /* output channels whose sums wait for one loop of rescaling */
 #define NS_PIECE 64 /* int4 codes that are unpacked at once */
+#define NS_W4_UP 4  /* how far up sums of int4 weights are anyhow */
 
 typedef struct {
   int32_t k, kp, o, ys; /* numbers in a row, rounded up to whole words of codes; output channels; from row to row of y */
   int32_t zx, zy, shift, low, high;
+  ns_scale scale;
 } ns_rows;
 
 /* Codes in a word of weights. */
 NS_INLINE int32_t ns_whole(const int32_t w4) { return w4 ? 8 : 4; }
 
-NS_INLINE ns_rows ns_rows_of(int32_t k, int32_t o, int32_t ys, int32_t zx, int32_t zy, int32_t shift, int32_t low, int32_t high,
-                             const int32_t w4) {
-  const ns_rows g = {k, (k + ns_whole(w4) - 1) & -ns_whole(w4), o, ys, zx, zy, shift, low, high};
+/* zx to high: those of the operator. */
+NS_INLINE ns_rows ns_rows_of(int32_t k, int32_t o, int32_t ys, int32_t zx, int32_t zy, int32_t shift, int32_t room, int32_t low,
+                             int32_t high, const int32_t w4) {
+  const ns_rows g = {k, (k + ns_whole(w4) - 1) & -ns_whole(w4), o, ys, zx, zy, shift, low, high,
+                     ns_scale_of(shift, zy, room, NS_DSP && w4 ? NS_W4_UP : 0)};
   return g;
 }
 
@@ -42,7 +46,7 @@ NS_INLINE int32_t ns_run_length(const ns_rows *g, int32_t rows, int32_t apart, i
   *packed = 0;
 #if NS_WIDE
   const int32_t channels = ns_packed_channels(g->k), all = channels >= g->o;
-  if (rows >= NS_PASS_ROWS && (all || (apart && channels)) && ns_scale_of(g->shift, g->zy).quick) {
+  if (rows >= NS_PASS_ROWS && (all || (apart && channels)) && g->scale.quick) {
     *packed = 1;
     return all ? g->o : channels;
   }
@@ -120,8 +124,8 @@ NS_INLINE void ns_put_zero(const ns_rows *g, int16_t *block, int32_t rows, int32
 
 /* y[r * ys + o] for the rows of the block and the run's channels. */
 NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *block, int32_t rows, int8_t *y, const int32_t w4) {
-  const ns_scale s = ns_scale_of(g->shift, g->zy);
-  const int32_t quick = s.quick && g->low <= -128 && g->high >= 127;
+  const ns_scale s = g->scale;
+  const int32_t quick = s.quick && (!w4 || s.up == NS_W4_UP) && g->low <= -128 && g->high >= 127;
   const int32_t stride = w4 ? (g->k + 1) / 2 : g->k, groups = g->kp / ns_whole(w4);
   const uint32_t *x = (const uint32_t *)block;
   const int8_t *w = (const int8_t *)run->w;
@@ -130,12 +134,12 @@ NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *bloc
   if (rows == 1 && !w4 && quick && bias && run->n > 1) {
     done = run->n & ~1;
     ns_row c = {x, (int32_t)((intptr_t)bias - (intptr_t)m), 2 * stride - 4 * groups, stride, 4 * groups, groups & 3, s.addend,
-                s.shift, m + done, m, y, w - (2 * stride - 4 * groups)};
+                s.shift, m + done, m, y, w - (2 * stride - 4 * groups), s.up};
     ns_row_w8(&c);
   }
   if (rows == NS_BLOCK && quick && bias) {
     ns_channels c = {block, (int32_t)((intptr_t)bias - (intptr_t)m), stride - 4 * groups, 4 * groups, groups & 3, m + run->n, m,
-                     y, s.addend, s.shift, g->ys, w - (stride - 4 * groups)};
+                     y, s.addend, s.shift, g->ys, w - (stride - 4 * groups), s.up};
     if (w4) ns_channels_w4(&c);
     else ns_channels_w8(&c);
     return;
@@ -192,7 +196,7 @@ NS_INLINE void ns_block(const ns_rows *g, const ns_run *run, const int16_t *bloc
   int32_t tile[NS_BLOCK][NS_TILE];
 #if NS_WIDE
   if (run->packed) {
-    const ns_pass p = {bias, m, ns_scale_of(g->shift, g->zy), g->k, g->kp, g->low, g->high, g->ys};
+    const ns_pass p = {bias, m, g->scale, g->k, g->kp, g->low, g->high, g->ys};
     ns_passes(&p, run->pairs, block, rows, run->n, y);
     return;
   }

@@ -36,6 +36,7 @@ NS_INLINE ns_wide ns_wide_high(ns_wide a, ns_wide b) {
   const ns_wide odd = _mm512_mul_epi32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
   return _mm512_mask_blend_epi32(0xaaaa, even, odd);
 }
+NS_INLINE ns_wide ns_wide_up(ns_wide a, int32_t shift) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(shift)); }
 NS_INLINE ns_wide ns_wide_shift(ns_wide a, int32_t shift) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(shift)); }
 NS_INLINE ns_wide ns_wide_clip(ns_wide a, int32_t low, int32_t high) {
   return _mm512_min_epi32(_mm512_max_epi32(a, _mm512_set1_epi32(low)), _mm512_set1_epi32(high));
@@ -72,6 +73,7 @@ NS_INLINE ns_wide ns_wide_high(ns_wide a, ns_wide b) {
   const ns_wide odd = _mm256_mul_epi32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
   return _mm256_blend_epi32(even, odd, 0xaa);
 }
+NS_INLINE ns_wide ns_wide_up(ns_wide a, int32_t shift) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(shift)); }
 NS_INLINE ns_wide ns_wide_shift(ns_wide a, int32_t shift) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(shift)); }
 NS_INLINE ns_wide ns_wide_clip(ns_wide a, int32_t low, int32_t high) {
   return _mm256_min_epi32(_mm256_max_epi32(a, _mm256_set1_epi32(low)), _mm256_set1_epi32(high));
@@ -90,7 +92,8 @@ NS_INLINE void ns_wide_put(int8_t *p, ns_wide a, int32_t n) {
 #if NS_WIDE
 /* Rescales the first n lanes and writes their codes. */
 NS_INLINE void ns_wide_finish(ns_wide total, ns_wide m, const ns_scale *s, int32_t low, int32_t high, int8_t *y, int32_t n) {
-  const ns_wide q = ns_wide_shift(ns_wide_add(ns_wide_high(total, m), ns_wide_all(s->addend)), s->shift);
+  const ns_wide high_word = ns_wide_high(ns_wide_up(total, s->up), m);
+  const ns_wide q = ns_wide_shift(ns_wide_add(high_word, ns_wide_all(s->addend)), s->shift);
   ns_wide_put(y, ns_wide_clip(q, low, high), n);
 }
 #endif
