@@ -14,7 +14,9 @@ ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid", "elu")  # in the order of cs
 
 
 def fold(start: Array, terms: Array) -> Array:
-    """start + terms[0] + terms[1] + …, rounded after every addition. terms (K, …), start of the rest's shape."""
+    """start + terms[0] + terms[1] + …, in float32 rounded after every addition. terms (K, …), start of the rest's shape."""
+    if terms.dtype == np.float64:
+        return start + terms.sum(axis=0)
     terms = np.concatenate([np.broadcast_to(start, terms.shape[1:])[None], terms])
     return np.add.accumulate(terms, axis=0, dtype=terms.dtype)[-1]
 

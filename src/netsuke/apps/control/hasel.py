@@ -41,15 +41,16 @@ def samples() -> Array:
     return loadmat(str(find(PATH)))["ref_data"].astype(np.float64)
 
 
-def path(held: int = HELD, ticks: int | None = None) -> Array:
-    """What is wanted after every tick, (1130 * held, 3) or its first `ticks` rows."""
-    return np.repeat(samples(), held, axis=0)[1:][:ticks]
+def whole(held: int = HELD) -> Array:
+    """What is wanted after every tick of the whole path, (1130 * held - 1, 3)."""
+    return np.repeat(samples(), held, axis=0)[1:]
 
 
-def follow(model: Predictor, knobs: NewtonMPC = SETTINGS, held: int = HELD, ticks: int | None = None) -> Trace:
-    """The published simulation: the plant is the network itself."""
-    wanted = path(held, ticks)
+def follow(model: Predictor, knobs: NewtonMPC = SETTINGS, path: Array | None = None) -> Trace:
+    """The published simulation, in Python: the plant is the network itself. From rest at the path's beginning."""
+    start = samples()[0] if path is None else path[0]
+    wanted = whole() if path is None else path
     controller = knobs.controller(model)
-    trace = track(NetworkPlant(model, samples()[0]), controller, wanted, knobs.last)
+    trace = track(NetworkPlant(model, start), controller, wanted, knobs.last)
     trace.facts["halved"] = controller.halved
     return trace

@@ -81,6 +81,19 @@ class Perturbed:
         return y + self.rng.normal(0, self.noise, np.shape(y)) if self.noise else y
 
 
+class WithoutPreview:
+    """A controller that does not see what comes: the next wanted row stands for the whole horizon."""
+
+    def __init__(self, steering: Steering):
+        self.steering = steering
+
+    def reset(self, y: Array) -> None:
+        self.steering.reset(y)
+
+    def step(self, y: Array, reference: Array) -> Array:
+        return self.steering.step(y, np.repeat(reference[:1], len(reference), axis=0))
+
+
 @dataclass
 class Trace:
     """outputs (T, p) after every tick, what was wanted of them, controls (T, m)."""

@@ -136,11 +136,12 @@ class Controller:
                     break
         self.halved += bool(np.any(halved))
         self.kept, self.cost = best, float(cost)
-        self.foreseen = self._roll(best[None], 1).outputs[0, 0]
+        self.foreseen = self.foresee(best[None], 1).outputs[0, 0]
         self.past.applied(best[0])
         return best[0]
 
-    def _roll(self, plans: Array, last: int) -> Roll:
+    def foresee(self, plans: Array, last: int) -> Roll:
+        """What plans (B, Nu, m) lead to over `last` ticks from here."""
         return self.predictor.roll(plans, self.past, self.sums, last, self.bias)
 
     def _draw(self) -> Array:
@@ -168,7 +169,7 @@ class Controller:
                 trial = np.clip(
                     plans[alive[waiting]] - length * step[waiting], self.dtype(k.low), self.dtype(k.high)
                 )  # fmt: skip
-                then = self.cost_of(trial, self._roll(trial, k.last).outputs)
+                then = self.cost_of(trial, self.foresee(trial, k.last).outputs)
                 lower = then < now[waiting]
                 plans[alive[waiting[lower]]] = trial[lower]
                 costs[alive[waiting[lower]]] = then[lower]
@@ -212,7 +213,7 @@ class Controller:
     def derivatives_at(self, plans: Array) -> tuple[Array, Array, Array]:
         """(foreseen outputs, half the gradient (B, M), half the Hessian (B, M, M))."""
         k, p, (B, moves, m) = self.knobs, self.predictor, plans.shape
-        roll = self._roll(plans, k.last)
+        roll = self.foresee(plans, k.last)
         slopes = self._differences(plans) if k.derivatives == "differences" else p.slopes(roll, moves)
         keep = slice(k.first - 1, None)
         e, s = (self.reference - roll.outputs)[:, keep], slopes[:, keep]
@@ -236,7 +237,12 @@ class Controller:
                     hessian[:, a - m, a] -= self.change[i]
         if k.sharpness > 0:
             one, half = self.dtype(1), self.dtype(0.5)
-            s, reach, b, u = self.dtype(k.sharpness), half * self.dtype(k.range), self.dtype(k.centre), plans.reshape(B, M)
+            s, reach, b, u = (
+                self.dtype(k.sharpness),
+                half * self.dtype(k.range),
+                self.dtype(k.centre),
+                plans.reshape(B, M),
+            )
             below, above = one / (u + reach - b), one / (reach + b - u)
             gradient += half * s * (above * above - below * below)
             hessian[:, range(M), range(M)] += s * (below * below * below + above * above * above)
@@ -249,7 +255,7 @@ class Controller:
         sides = []
         for shifted in (plans + eps, plans - eps):
             nudged = np.where(nudge, shifted[:, None], plans[:, None]).reshape(-1, moves, m)
-            outputs = self._roll(nudged, k.last).outputs
+            outputs = self.foresee(nudged, k.last).outputs
             sides.append(np.moveaxis(outputs.reshape(B, moves * m, k.last, -1), 1, -1))
         return (sides[0] - sides[1]) / (self.dtype(2) * eps)
 

@@ -48,7 +48,9 @@ class Predictor:
     def quantized(self, control: float, outputs: Array, sensor: float = 0.5) -> Predictor:
         """The same with int8 weights; the largest magnitudes of a control, of every output (p,) and of a sensor."""
         past, sensors = [control] * self.control_past * self.controls, [sensor] * self.sensors
-        return self.with_network(self.network.quantized(np.array([*past, *np.tile(outputs, self.output_past), *sensors])))
+        return self.with_network(
+            self.network.quantized(np.array([*past, *np.tile(outputs, self.output_past), *sensors]))
+        )
 
     @property
     def moving(self) -> int:

@@ -1,0 +1,247 @@
+"""What the claims of nn4mc are measured on: generated code as a function, the published compiler's, the loops, the rivals."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from netsuke.apps.control import hasel, oscillator, simulate
+from netsuke.apps.control.loop import NetworkPlant, Perturbed, Trace, WithoutPreview, track
+from netsuke.apps.control.newton import NewtonMPC
+from netsuke.apps.control.oscillator import MassSpringDamper
+from netsuke.apps.control.pid import tune
+from netsuke.apps.control.predictor import Predictor
+from netsuke.errors import NetsukeError
+from netsuke.export.c import write_c
+from netsuke.graph.interpret import Interpreter
+from netsuke.graph.ir import QGraph
+
+FILES = tuple(
+    f"nn4mc/{name}.hdf5"
+    for name in (
+        "hasel_fk_mar_18_2022", "hasel_fk_jan_10_2022", "hasel_fk_jun_6_2022", "fk_gru5_jul_4_2021",
+        "fk_gru10_jan_10_2022", "tendon_sys_id", "signals_gru100_jun_21_2021", "layer_Conv1d_pooling", "layer_GRU",
+        "layer_LSTM", "layer_simpleRNN", "layer_weights.best",
+    )
+)  # fmt: skip
+PEERS = "NETSUKE_PEERS"  # names a Python in which the published compiler, nn4mc 0.3.0, is installed
+QUICK_TICKS = 150
+Function = Callable[[np.ndarray], np.ndarray]
+
+
+def _compile(asked: str, compiler: str, sources: list[Path], include: list[Path], to: Path) -> ctypes.CDLL:
+    if shutil.which(compiler) is None:
+        raise NetsukeError(asked, f"there is no {compiler}", "a C compiler", "sudo apt-get install gcc g++")
+    flags = ["-w", "-O2", "-ffp-contract=off", "-shared", "-fPIC", *(f"-I{i}" for i in include)]
+    done = subprocess.run([compiler, *flags, *map(str, sources), "-lm", "-o", str(to)], capture_output=True, text=True)
+    if done.returncode:
+        raise NetsukeError(asked, next((m for m in re.findall(r"error: (.*)", done.stderr)), "the compiler failed"))
+    return ctypes.CDLL(str(to))
+
+
+@contextmanager
+def generated(graph: QGraph) -> Iterator[Function]:
+    """The network as C of `export --home c`, compiled here and called."""
+    with tempfile.TemporaryDirectory(prefix="netsuke-nn4mc-") as folder:
+        here = Path(folder) / "model"
+        write_c(graph, here, name="model")
+        library = _compile("run generated C", "cc", sorted(here.rglob("src/**/*.c")), [here / "src"], here / "model.so")
+
+        def run(x: np.ndarray) -> np.ndarray:
+            y = np.empty(graph.tensors[graph.outputs[0]].shape, np.float32)
+            library.model_run(x.ctypes.data_as(ctypes.c_void_p), y.ctypes.data_as(ctypes.c_void_p))
+            return y
+
+        yield run
+
+
+@contextmanager
+def published(path: Path, size: int) -> Iterator[Function]:
+    """The network as C++ of nn4mc 0.3.0, run by the Python that NETSUKE_PEERS names.
+
+    Its dense layers get their input size printed as a Python list ("[64]") or a float: both are mended before compiling.
+    """
+    python = os.environ.get(PEERS)
+    if not python:
+        raise NetsukeError("compare with nn4mc 0.3.0", f"{PEERS} is not set", f"{PEERS}=/path/to/python that has it")
+    with tempfile.TemporaryDirectory(prefix="netsuke-nn4mc-") as folder:
+        here = Path(folder)
+        call = (
+            "import sys; from nn4mc.translator.translator import translate; translate(sys.argv[1], 'hdf5', sys.argv[2])"
+        )
+        done = subprocess.run([python, "-c", call, str(path), str(here)], capture_output=True, text=True)
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or ["it failed"])[-1]
+            raise NetsukeError(f"compile {path.name} with nn4mc 0.3.0", why[:120])
+        for source in here.rglob("nn4mc.cpp"):
+            text = re.sub(r"(?<=, )\[(\d+)\](?=, )", r"\1", source.read_text())
+            source.write_text(re.sub(r"(?<=, )(\d+)\.0(?=, )", r"\1", text) + _ENTRY)
+        include = [here / "nn4mc" / "include", here / "nn4mc" / "include" / "layers"]
+        library = _compile("run nn4mc's code", "g++", sorted(here.rglob("*.cpp")), include, here / "peer.so")
+
+        def run(x: np.ndarray) -> np.ndarray:
+            y = np.empty(size, np.float32)
+            library.peer(x.ctypes.data_as(ctypes.c_void_p), x.nbytes, y.ctypes.data_as(ctypes.c_void_p), y.nbytes)
+            return y
+
+        yield run
+
+
+# The first layer frees the caller's buffer, so it must come from malloc.
+_ENTRY = """
+#include <string.h>
+extern "C" void peer(const float *x, int in, float *y, int out) {
+  float *data = (float *)malloc(in);
+  memcpy(data, x, in);
+  buildLayers();
+  memcpy(y, fwdNN(data), out);
+}
+"""
+
+
+def numbers(graph: QGraph, runs: int) -> list[np.ndarray]:
+    """Normal inputs, float32, seeded."""
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=graph.tensors[graph.inputs[0]].shape).astype(np.float32) for _ in range(runs)]
+
+
+def difference(graph: QGraph, run: Function, runs: int) -> float:
+    """The largest difference of an output between `run` and the reference interpreter."""
+    reference = Interpreter(graph)
+    return max(float(np.abs(reference.run(x)[0].reshape(-1) - run(x).reshape(-1)).max()) for x in numbers(graph, runs))
+
+
+@cache
+def float_model() -> Predictor:
+    return hasel.predictor(dtype=np.float32)
+
+
+@cache
+def int8_model() -> Predictor:
+    return float_model().quantized(0.5, np.abs(hasel.samples()).max(axis=0))
+
+
+@cache
+def whole_path(quick: bool) -> np.ndarray:
+    """The whole path, or a stretch of its fast part: its first quarter is almost at rest."""
+    return hasel.whole()[2600 : 2600 + QUICK_TICKS] if quick else hasel.whole()
+
+
+def start(quick: bool) -> np.ndarray:
+    return whole_path(quick)[0] if quick else hasel.samples()[0]
+
+
+def in_c(model: Predictor, knobs: NewtonMPC, quick: bool, plant: Predictor | None = None) -> Trace:
+    return simulate.on_host(model, knobs, whole_path(quick), start(quick), plant)
+
+
+def in_python(model: Predictor, knobs: NewtonMPC, quick: bool, delay: int = 0, noise: float = 0.0) -> Trace:
+    plant = NetworkPlant(model, start(quick))
+    controller = knobs.controller(model)
+    shaken = Perturbed(plant, model.controls, delay, noise) if delay or noise else plant
+    trace = track(shaken, controller, whole_path(quick), knobs.last)
+    trace.facts["halved"] = controller.halved
+    return trace
+
+
+@cache
+def on_board(quick: bool) -> simulate.Emulated:
+    return simulate.on_board(float_model(), hasel.SETTINGS, whole_path(quick), start(quick))
+
+
+@dataclass(frozen=True)
+class Duel:
+    """MPC against PID on held-out references: root mean square errors, overshoot and effort of each."""
+
+    plant: str
+    network: str
+    mpc: float
+    blind: float  # MPC without preview
+    pid: float
+    overshoots: tuple[float, float]
+    efforts: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        return self.mpc / self.pid
+
+    def __str__(self) -> str:
+        return (
+            f"{self.plant}, {self.network}: {self.ratio:.2f}x ({self.mpc:.3f} against {self.pid:.3f}; without preview "
+            f"{self.blind / self.pid:.2f}x; overshoot {self.overshoots[0]:.0%} against {self.overshoots[1]:.0%}, "
+            f"effort {self.efforts[0]:.2f} against {self.efforts[1]:.2f})"
+        )
+
+
+@cache
+def duel(damping: float, cubic: float, past: int, quick: bool) -> Duel:
+    """Tunes the PID on training references, learns the model from random excitation, runs both on other references."""
+    plant = MassSpringDamper(damping=damping, cubic=cubic)
+    train = [p for seed in ((1,) if quick else (1, 3, 5)) for p in oscillator.references(seed)]
+    test = oscillator.references(2, 150) if quick else [*oscillator.references(2), *oscillator.references(4)]
+    pid = tune(lambda gains: oscillator.pid_score(plant, train, gains), plant.tick, -oscillator.LIMIT, oscillator.LIMIT)
+    model = oscillator.learn(plant, past, ticks=1000 if quick else 3000)
+    knobs = oscillator.mpc(model)
+    ours = oscillator.run(plant, knobs.controller(model), test, knobs.last)
+    blind = oscillator.run(plant, WithoutPreview(knobs.controller(model)), test, knobs.last)
+    theirs = oscillator.run(plant, pid, test)
+
+    def effort(traces: list[Trace]) -> float:
+        return float(np.mean([t.effort for t in traces]))
+
+    return Duel(
+        f"damping {damping:g}, k3 {cubic:g}", f"{2 * past}-16-1", oscillator.rms(ours), oscillator.rms(blind),
+        oscillator.rms(theirs), (oscillator.overshoot(ours[0]), oscillator.overshoot(theirs[0])),
+        (effort(ours), effort(theirs)),
+    )  # fmt: skip
+
+
+def gradient_errors(knobs: NewtonMPC, states: int) -> dict[str, float]:
+    """Relative errors of gradient and Hessian of the cost against central differences of the cost, float64, the median
+    over random plans along the path (a kink of a rectified unit within the differences' width spoils single ones)."""
+    model, rng = hasel.predictor(), np.random.default_rng(0)
+    found: dict[str, list[float]] = {"gradient": [], "exact": [], "hessian": [], "differences": []}
+    for n in rng.integers(0, len(hasel.whole()) - knobs.last, states):
+        y, wanted = hasel.whole()[n], hasel.whole()[n : n + knobs.last]
+        plan = rng.uniform(-0.4, 0.4, (1, knobs.moves, model.controls))
+        at = {k: replace(knobs, derivatives=k).controller(model, y) for k in ("exact", "hessian", "differences")}
+        for controller in at.values():
+            controller.step(y, wanted)
+        reference = at["exact"]
+        slope, bend = _differences(reference, plan, 1e-6), _bends(reference, plan, 1e-5)
+        scale, size = np.abs(slope).max(), np.abs(bend).max()
+        found["gradient"].append(np.abs(2 * reference.derivatives_at(plan)[1][0] - slope).max() / scale)
+        found["differences"].append(np.abs(2 * at["differences"].derivatives_at(plan)[1][0] - slope).max() / scale)
+        for kind in ("exact", "hessian"):
+            found[kind].append(np.abs(2 * at[kind].derivatives_at(plan)[2][0] - bend).max() / size)
+    return {k: float(np.median(v)) for k, v in found.items()}
+
+
+def _differences(controller, plan: np.ndarray, eps: float) -> np.ndarray:
+    """Gradient (M,) of the cost by central differences."""
+    out = []
+    for a in np.eye(plan.size).reshape(-1, *plan.shape[1:]):
+        sides = np.concatenate([plan + eps * a, plan - eps * a])
+        costs = controller.cost_of(sides, controller.foresee(sides, controller.knobs.last).outputs)
+        out.append((costs[0] - costs[1]) / (2 * eps))
+    return np.array(out)
+
+
+def _bends(controller, plan: np.ndarray, eps: float) -> np.ndarray:
+    """Hessian (M, M) by central differences of the exact gradient."""
+    out = []
+    for a in np.eye(plan.size).reshape(-1, *plan.shape[1:]):
+        up, down = (2 * controller.derivatives_at(plan + s * eps * a)[1][0] for s in (1, -1))
+        out.append((up - down) / (2 * eps))
+    return np.array(out)
