@@ -61,6 +61,25 @@ def run_emulated(
     return out
 
 
+def count_calls(
+    folder: Path, core: str = "m4", *, dsp: bool = True, optimise: str = "-O2", seconds: float = 600
+) -> list[int]:
+    """Instructions of each call of a run on drawn numbers, in the order of size.json's `calls`, to within some dozens: the
+    timer's steps. What the hooks between the calls take is known from a run without them, and subtracted."""
+    facts = facts_of(folder)
+    board, (data, _) = EmulatedBoard.load(core, **ROOM), _packed(facts, None)
+    with tempfile.TemporaryDirectory(prefix="netsuke-c-") as temporary:
+        runs = [
+            _build(folder, facts, board, Path(temporary) / str(profile), dsp, optimise, profile).run(
+                files={"input.bin": data}, seconds=seconds
+            )
+            for profile in (False, True)
+        ]
+    spent = _counts(runs[1], "call")
+    hook = max(0.0, (sum(spent) - _counts(runs[0], "run")[0]) / max(len(spent), 1))
+    return [max(0, round(s - hook)) for s in spent]
+
+
 def _build(
     folder: Path, facts: dict[str, Any], board: EmulatedBoard, out: Path, dsp: bool, optimise: str, profile: bool
 ) -> Firmware:
