@@ -265,7 +265,7 @@ def _linked(out: Path, kernel: str) -> dict[str, int]:
     (out / "main.c").write_text(f"int main(void);\n{held}int main(void) {{ return {'held == 0' if kernel else 0}; }}\n")
     sources = [KERNELS / part for part in (sources_of({kernel}) if kernel else ()) if part.endswith(".c")]
     parts = EmulatedBoard.load("m4", **ROOM).build([out / "main.c", *sources], out, include=[KERNELS]).parts
-    return {name: size.text for name, size in parts.items() if name not in ("main", "board")}
+    return {name: size.text + size.data for name, size in parts.items() if name not in ("main", "board")}
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def kernel_class(graph: QGraph, op: Op) -> str:
     if op.kind not in (*LINEAR, *RECURRENT):
         return f"{op.kind}{'/' + op.attrs['function'] if 'function' in op.attrs else ''} {x.dtype}"
     w = graph.tensors[op.inputs[1]]
-    name = "pointwise" if pointwise(graph, op) else op.kind
+    name = "dense" if pointwise(graph, op) else op.kind
     if op.kind == "depthwise2d" and x.dtype == "int8":
         if x.shape[3] == 1:  # is run as a convolution
             name = "conv2d"
@@ -85,7 +85,7 @@ def _rows(graph: QGraph, op: Op) -> np.ndarray:
     blocks, rest = rows // TOGETHER, rows % TOGETHER
     single, three = (0, 1) if rest == TOGETHER - 1 else (rest, 0)
     turns = [n * turn for n in (blocks, single, three) for turn in (outs, outs * words)]  # of all groups
-    border = 0 if op.kind == "dense" else x.shape[2] * x.shape[3]
+    border = 0 if op.kind == "dense" or pointwise(graph, op) else x.shape[2] * x.shape[3]
     return np.array([1.0, rows * groups * height, rows * groups * length, staged, tails, *turns, border])
 
 
