@@ -30,6 +30,7 @@ def place(tmp_path_factory) -> Path:
     x = images(240, seed=3)
     y = Interpreter(graph).run(x)[0].argmax(1)
     np.savez(path / "data.npz", x=x, y=y)
+    (path / "plan.json").write_text('{"n_bias": 4, "weights": {"7": 1.0}}')
     np.save(path / "one.npy", x[:1])
     np.save(path / "reals.npy", graph.tensors[graph.inputs[0]].real(x[:2]).astype(np.float32))
     return path
@@ -89,7 +90,6 @@ def test_plan_refuses_before_anything_is_built(place, monkeypatch, capsys):
 
 
 def test_plan_of_training(place, monkeypatch, capsys):
-    (place / "plan.json").write_text('{"n_bias": 4, "weights": {"7": 1.0}}')
     got = answer(
         monkeypatch, capsys, "plan", place / "net.netsuke", "--device", "nrf52840", "--train", place / "plan.json"
     )
@@ -144,14 +144,14 @@ def test_fit_into_nothing_says_which_limit_binds(place, monkeypatch, capsys):
 
 
 def test_train_adapts_and_keeps_within_memory(place, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    x = images(200, seed=9)
-    np.savez(place / "two.npz", x=x, y=(x.mean((1, 2, 3)) + rng.normal(0, 1, 200) > 0).astype(int))
+    x = images(300, seed=9)
+    logits = Interpreter(load_graph(place / "net.netsuke")).run(x)[0].astype(int)
+    np.savez(place / "two.npz", x=x, y=(logits[:, 2] > logits[:, 3]).astype(int))  # nothing the first two rows know
     got = answer(
-        monkeypatch, capsys, "train", place / "net.netsuke", "--data", place / "two.npz", "--sram", "64KB", "--epochs", 3,
+        monkeypatch, capsys, "train", place / "net.netsuke", "--data", place / "two.npz", "--sram", "64KB", "--epochs", 6,
         "--plan", place / "plan.json", "-o", place / "adapted",
     )  # fmt: skip
-    assert got["memory"]["total"] <= 64_000 and got["after"] > 0.7
+    assert got["memory"]["total"] <= 64_000 and got["after"] > 0.75
     adapted, start = load_graph(place / "adapted.netsuke"), load_graph(place / "net.netsuke")
     changed = [
         t.name for t, s in zip(adapted.tensors, start.tensors) if t.constant and not np.array_equal(t.data, s.data)

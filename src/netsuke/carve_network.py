@@ -239,6 +239,13 @@ class NetworkCarving:
             least = tighter
         return candidate
 
+    def frontier(self, points: int) -> list[QGraph]:
+        """What the allocator picks at the whole picture for flash limits from the smallest possible to everything."""
+        parts = self.options(self.base, {})
+        low = sum(min(o.costs["storage"] for o in part) for part in parts)
+        picks = [solve(parts, {"storage": low * (1 - k / points) + 1}) for k in range(points)]
+        return [self.changed(self.base, [o.value for o in found.picks]) for found in picks]
+
     def narrower_at_peak(self, built: QGraph, found: Allocation, least: dict[str, float]) -> dict[str, float] | None:
         """The next larger cut for the seams whose tensors are live at the peak; None when all are at their largest."""
         picked = {o.value.part: o.value.cut for o in found.picks}

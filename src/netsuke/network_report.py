@@ -12,8 +12,12 @@ from typing import Any
 from netsuke import __version__
 from netsuke.carve_network import BITS, Choice, NetworkCarving, runner
 from netsuke.carve_report import DEVICE_FACTS
+from netsuke.graph.ir import QGraph
+from netsuke.graph.memory import flash_bytes
 from netsuke.measure.machine import provenance
 from netsuke.network_plan import network_cost
+
+POINTS = 5  # of the curve beside what was built
 
 
 def report_of(c: NetworkCarving) -> dict[str, Any]:
@@ -33,16 +37,22 @@ def report_of(c: NetworkCarving) -> dict[str, Any]:
 
 
 def curve(c: NetworkCarving) -> list[dict[str, Any]]:
-    """Every size of picture that was built, inside the budget or not."""
+    """Quality against flash: every size of picture that was built, and what the allocator picks at other limits, all measured."""
     rows = []
     for built in (*c.candidates, *c.refused):
-        quality = c.task.score(runner(built.graph), "validation", built.graph)
-        size = f"{built.side} x {built.side} pixels" if built.side else "as it is"
-        rows.append({
-            "bytes": built.cost.storage, "quality_predicted": None, "quality_measured": quality,
-            "chosen": built is c.winner, "label": size + ("" if built in c.candidates else " (over the budget)"),
-        })  # fmt: skip
+        size = f"{built.side} x {built.side} pixels" if built.side else "carved"
+        over = "" if built in c.candidates else " (over the budget)"
+        rows.append(point(c, built.graph, built.cost.storage, size + over, built is c.winner))
+    for k, built in enumerate(c.frontier(POINTS)):
+        c.on_progress("measuring what other limits would give", k, POINTS)
+        rows.append(point(c, built, flash_bytes(built), "at another limit", False))
+    c.lap("curve")
     return sorted(rows, key=lambda r: r["bytes"])
+
+
+def point(c: NetworkCarving, graph: QGraph, size: int, label: str, chosen: bool) -> dict[str, Any]:
+    quality = c.task.score(runner(graph), "validation", graph)
+    return {"bytes": size, "quality_predicted": None, "quality_measured": quality, "chosen": chosen, "label": label}
 
 
 def floors(c: NetworkCarving) -> list[dict[str, Any]]:
