@@ -31,6 +31,7 @@ class Backtest:
     scores   per method {mse, mae}: errors divided by each channel's deviation before the first fold
     folds    [{first, last (rows of origins), mse}];  by_step (horizon): mse of the forecaster
     channels  per name {mse, mae, best floor's mae} in the series' units
+    coverage  {"80 %": …, "95 %": …}: share of the last fold's truth inside bands made of the other folds alone; of 2 folds on
     """
 
     bands: Array
@@ -38,6 +39,7 @@ class Backtest:
     folds: list[dict[str, Any]]
     by_step: Array
     channels: dict[str, dict[str, float]]
+    coverage: dict[str, float]
     model: MixLinear
 
     @property
@@ -51,6 +53,7 @@ class Backtest:
             "horizon": m.horizon, "lookback": m.shape.lookback, "period": m.shape.period, "alpha": m.alpha, "lpf": m.lpf,
             "parameters": m.n_parameters(), "scores": self.scores, "better_floors": self.beaten, "folds": self.folds,
             "by_step": self.by_step.tolist(), "channels": self.channels, "levels": list(LEVELS),
+            "coverage": self.coverage,
             "bands": {n: self.bands[:, :, k].tolist() for k, n in enumerate(m.names)}, "notes": m.notes,
         }  # fmt: skip
 
@@ -111,5 +114,13 @@ def backtest(
         for c, n in enumerate(series.names)
     }  # fmt: skip
     bands = np.nanquantile(error, LEVELS, axis=0).transpose(0, 2, 1)
+    coverage = _coverage(wrong[:-1], wrong[-1]) if folds > 1 else {}
     by_step = np.nanmean((error / scale[:, None]) ** 2, axis=(0, 1))
-    return Backtest(bands, scores, parts, by_step, channels, chosen)
+    return Backtest(bands, scores, parts, by_step, channels, coverage, chosen)
+
+
+def _coverage(before: list[Array], last: Array) -> dict[str, float]:
+    q = np.nanquantile(np.concatenate(before), LEVELS, axis=0)
+    known = np.isfinite(last)
+    inside = {name: (last >= q[k]) & (last <= q[-1 - k]) for name, k in (("95 %", 0), ("80 %", 1))}
+    return {name: float(v[known].mean()) for name, v in inside.items()}

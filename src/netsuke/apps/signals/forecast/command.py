@@ -136,6 +136,8 @@ def backtest(
         table.add_row(name, f"{row['mae']:.4g}", f"{row['best_floor_mae']:.4g}", f"{low:+.4g} to {high:+.4g}")
     Console().print(table)
     print("\n".join(_said(got.model, "", None)))
+    for name, share in got.coverage.items():
+        print(f"the {name} bands of the folds before held {share:.0%} of the last fold")
     for name in got.beaten:
         print(f"the plain {name} is better in MSE: use it, or another look-back")
 

@@ -22,7 +22,8 @@ import numpy as np
 from netsuke.apps.signals.forecast import fold
 from netsuke.apps.signals.forecast.fold import Array, Shape
 from netsuke.apps.signals.forecast.moments import Moments, fit_both, fit_frequency, fit_time
-from netsuke.apps.signals.forecast.series import Series, filled, find_period, from_array
+from netsuke.apps.signals.forecast.period import find_period
+from netsuke.apps.signals.forecast.series import Series, filled, from_array
 from netsuke.errors import NetsukeError
 
 METHODS = ("moments", "adam")

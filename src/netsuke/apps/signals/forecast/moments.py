@@ -114,23 +114,31 @@ def sweep(a1: Array, a2: Array, sxx: Array, sxy: Array, shape: Shape) -> tuple[A
     full, cross = np.zeros((p * p, p * p)), np.zeros((p * p, q * q))
     full[: shape.n, : shape.n], cross[: shape.n, : shape.m] = sxx, sxy
     full, cross = full.reshape(p, p, p, p), cross.reshape(p, p, q, q)
-    there = (np.arange(q * q) < shape.m).reshape(q, q)  # (a, b)
-    gram = np.einsum("ac,ae,cdef->adf", a2, a2, full, optimize=True)
-    right = np.einsum("ac,cdab->abd", a2, cross, optimize=True)
-    a1 = _rows(a1, np.einsum("ab,adf->bdf", there, gram), np.einsum("ab,abd->bd", there, right))
-    gram = np.einsum("bd,bf,cdef->bce", a1, a1, full, optimize=True)
-    right = np.einsum("bd,cdab->abc", a1, cross, optimize=True)
-    a2 = _rows(a2, np.einsum("ab,bce->ace", there, gram), np.einsum("ab,abc->ac", there, right))
+    there = (np.arange(q * q) < shape.m).reshape(q, q).astype(float)  # (a, b)
+    a1 = _rows(a1, *_normal(a2, full, cross, there))
+    a2 = _rows(a2, *_normal(a1, full.transpose(1, 0, 3, 2), cross.transpose(1, 0, 3, 2), there.T))
     return a1, a2
+
+
+def _normal(fixed: Array, full: Array, cross: Array, there: Array) -> tuple[Array, Array]:
+    """Gram matrices (q, p, p) and right sides (q, p) of the rows of the other factor: full[c, d, e, f] and cross[c, d, a, b]
+    with fixed (a, c) summed over a, c (and e)."""
+    q, p = fixed.shape
+    part = (fixed @ full.reshape(p, -1)).reshape(q, p, p, p)  # (a, d, e, f)
+    gram = (fixed[:, None, None] @ part)[:, :, 0]  # (a, d, f)
+    right = (fixed @ cross.reshape(p, -1)).reshape(q, p, q, q)[np.arange(q), :, np.arange(q)]  # (a, d, b)
+    weights = there.T
+    return (weights @ gram.reshape(q, -1)).reshape(q, p, p), np.einsum("ba,adb->bd", weights, right)
 
 
 def _rows(old: Array, gram: Array, right: Array) -> Array:
     """A solve per row, with a ridge; rows of nothing stay."""
     p = old.shape[1]
+    trace = np.trace(gram, axis1=1, axis2=2)
+    live = trace > 0
+    ridge = RIDGE * trace[live, None, None] / p * np.eye(p)
     out = old.copy()
-    for k, (g, r) in enumerate(zip(gram, right)):
-        if np.trace(g) > 0:
-            out[k] = np.linalg.solve(g + RIDGE * np.trace(g) / p * np.eye(p), r)
+    out[live] = np.linalg.solve(gram[live] + ridge, right[live, :, None])[..., 0]
     return out
 
 

@@ -1,4 +1,4 @@
-"""Series from files and arrays: columns, dates in equal steps, missing values, and the period found in the data.
+"""Series from files and arrays: columns, dates in equal steps, missing values.
 
 A CSV has a header, a column of dates if it likes (its name holds "date", "time" or "timestamp", or it is the first and no
 number), and numeric columns. Empty cells, NA, NaN and null are missing. Missing rows (a gap in the dates) become missing values.
@@ -222,29 +222,3 @@ def _same_phase(x: Array, row: int, period: int) -> list[float]:
     before, after = x[row % period : row : period], x[row + period :: period]
     before, after = before[~np.isnan(before)], after[~np.isnan(after)]
     return [*before[-1:], *after[:1]]
-
-
-def find_period(x: Array, largest: int | None = None) -> int | None:
-    """Rows of the strongest period of x (T, channels) without NaN: the first peak of the autocorrelation that reaches 90 % of
-    the highest, after a linear trend is taken out. None when no peak passes 0.2 or its noise."""
-    t = len(x)
-    largest = min(largest or t // 3, t // 3)
-    if largest < 4:
-        return None
-    time = np.arange(t) - (t - 1) / 2
-    centred = x - x.mean(0)
-    centred = centred - np.outer(time, time @ centred) / (time @ time)
-    spread = centred.std(0)
-    centred = centred[:, spread > 0] / spread[spread > 0]
-    if not centred.size:
-        return None
-    size = 1 << (2 * t - 1).bit_length()
-    power = np.abs(np.fft.rfft(centred, size, axis=0)) ** 2
-    acf = np.fft.irfft(power, size, axis=0)[: largest + 2].mean(1)
-    acf = acf / acf[0] * t / (t - np.arange(largest + 2))
-    inner = np.arange(2, largest + 1)
-    peaks = inner[(acf[inner] > acf[inner - 1]) & (acf[inner] >= acf[inner + 1])]
-    peaks = peaks[acf[peaks] > max(0.2, 3 / math.sqrt(t))]
-    if not len(peaks):
-        return None
-    return int(peaks[acf[peaks] >= 0.9 * acf[peaks].max()][0])
