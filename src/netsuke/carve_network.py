@@ -2,7 +2,8 @@
 
 Choices: each layer's weights at 8 or 4 bits, inner layers narrower (graph/slim.py), and, where nothing depends on it, a smaller
 picture (graph/resolution.py). Storage and time add up over parts, so the one allocator picks them; RAM is a peak, so what was
-picked is planned for real, and where the peak is too high the layers that are live there are offered narrower only.
+picked is planned for real. Where the peak is too high the first layers run in bands (graph/patches.py), which costs time only;
+where that is not enough the layers that are live at the peak are offered narrower only.
 The test part is scored once before and once after; everything in between looks at calibration and validation samples.
 """
 
@@ -44,13 +45,15 @@ class Choice:
 
 @dataclass
 class Candidate:
-    """An allocation that was built at one size of picture."""
+    """An allocation that was built at one size of picture; `final` is `graph`, or the same in bands."""
 
     side: int | None
     found: Allocation
     graph: QGraph
+    final: QGraph
     cost: NetworkCost
     divergence: float
+    bands: int = 1
 
     @property
     def choices(self) -> list[Choice]:
@@ -229,15 +232,28 @@ class NetworkCarving:
             }  # costs of options are differences from the whole
             found = solve(parts, limits)
             built = self.changed(graph, [o.value for o in found.picks])
-            cost = network_cost(built, self.device)
-            candidate = Candidate(side, found, built, cost, self.task.divergence(runner(built), built))
+            final, cost, bands = self.in_bands(built)
+            candidate = Candidate(side, found, built, final, cost, self.task.divergence(runner(built), built), bands)
             if "ram" not in self.excess(cost):
                 return candidate
-            tighter = self.narrower_at_peak(built, found, least)
+            tighter = self.narrower_at_peak(final, found, least)
             if tighter is None:
                 return candidate
             least = tighter
         return candidate
+
+    def in_bands(self, built: QGraph) -> tuple[QGraph, NetworkCost, int]:
+        """(graph, cost, bands): in bands of rows when it needs too much RAM otherwise and this helps."""
+        from netsuke.graph.lower import scratch
+        from netsuke.graph.patches import best_patching
+
+        cost = network_cost(built, self.device)
+        if "ram" not in self.excess(cost):
+            return built, cost, 1
+        banded, facts = best_patching(built, scratch)
+        after = network_cost(banded, self.device)
+        slower = set(self.excess(after)) - set(self.excess(cost))
+        return (built, cost, 1) if slower or after.ram >= cost.ram else (banded, after, facts["bands"])
 
     def frontier(self, points: int) -> list[QGraph]:
         """What the allocator picks at the whole picture for flash limits from the smallest possible to everything."""
@@ -249,7 +265,8 @@ class NetworkCarving:
     def narrower_at_peak(self, built: QGraph, found: Allocation, least: dict[str, float]) -> dict[str, float] | None:
         """The next larger cut for the seams whose tensors are live at the peak; None when all are at their largest."""
         picked = {o.value.part: o.value.cut for o in found.picks}
-        live = network_cost(built, self.device).live
+        # a band's tensors are named after the whole ones
+        live = [name.split("[")[0] for name in network_cost(built, self.device).live]
         out = dict(least)
         for name in live:
             part = next((p for p, (_, seam) in self.parts.items() if seam and name in self.inside(seam)), None)
@@ -299,7 +316,7 @@ class NetworkCarving:
                 attempt=f"--max-loss {validation_drop * 1.05:.1%}, or a wider limit", code=1,
             )  # fmt: skip
         sample = self.task.codes("validation", w.graph)[:16]
-        expected, self.proof = Interpreter(w.graph).run(sample)[0], {}
+        expected, self.proof = Interpreter(w.graph).run(sample)[0], {}  # without bands: they must give the same
 
         def prove(folder: Path) -> None:
             again = load_graph(folder)
@@ -317,9 +334,15 @@ class NetworkCarving:
         }
         budget = {k: v for k, v in vars(self.budget).items() if v is not None} | {"device": self.device.name}
         choices = [{"part": c.part, "bits": c.bits, "cut": c.cut} for c in w.choices]
-        provenance = {"base": Path(self.name).name, "side": w.side, "choices": choices, "netsuke": __version__}
+        provenance = {
+            "base": Path(self.name).name,
+            "side": w.side,
+            "bands": w.bands,
+            "choices": choices,
+            "netsuke": __version__,
+        }
         self.on_progress("packing and proving", 0, 0)
-        save_graph(self.out, w.graph, provenance, facts, budget, verify=prove)
+        save_graph(self.out, w.final, provenance, facts, budget, verify=prove)
         self.after = {
             "quality": quality, "bytes": w.cost.storage, "peak_ram": w.cost.ram, "peak_ram_how": "planned",
             "latency": latency_of(w.cost, self.device), "energy": w.cost.energy, "loss_of_quality": drop,

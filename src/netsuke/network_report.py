@@ -30,7 +30,7 @@ def report_of(c: NetworkCarving) -> dict[str, Any]:
         "device": {k: getattr(c.device, k) for k in DEVICE_FACTS}, "budget": vars(c.budget),
         "metric": {"name": c.task.metric, "higher_is_better": True, "data": c.task.facts()},
         "before": c.before, "after": c.after, "curve": curve(c), "floors": floors(c), "choices": choices(c), "checks": checks(c),
-        "side": c.winner.side, "artifact": str(c.out), "report": str(c.out.with_suffix(".report.html")),
+        "side": c.winner.side, "bands": c.winner.bands, "artifact": str(c.out), "report": str(c.out.with_suffix(".report.html")),
         "versions": {"netsuke": __version__, "python": platform.python_version(), "torch": run["torch"], "numpy": run["numpy"]},
         "machine": {"cpu": run["cpu"], "cores": run["cores"]}, "seconds": c.seconds,
     }  # fmt: skip
