@@ -134,3 +134,18 @@ def test_list_marks_what_is_built(monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "--list", "--json")
     rows = {r["slug"]: r["built"] for r in json.loads(out)}
     assert code == 0 and len(rows) == 50 and rows["modegpt"]
+
+
+def test_one_claim_is_measured_again_and_the_rest_stays(system, tmp_path):
+    def named(text: str, ratio: str) -> Claim:
+        return Claim(text, "", "", lambda quick: Measured(ratio, True))
+
+    system(named("bytes", "1"), named("seconds", "1"))
+    reproduce("modegpt", results=tmp_path)
+    system(named("bytes", "2"), named("seconds", "2"))
+    got = reproduce("modegpt", results=tmp_path, only="SECOND")
+    assert [row["measured"] for row in got["claims"]] == ["1", "2"]
+    assert json.loads((tmp_path / "modegpt.json").read_text()) == got
+    assert "run" in got["claims"][1] and "run" not in got["claims"][0]
+    with pytest.raises(NetsukeError, match="no claim contains"):
+        reproduce("modegpt", only="joules")

@@ -21,23 +21,34 @@ def reproduce(
     *,
     quick: bool = False,
     results: Path | None = None,
+    only: str | None = None,
     on_claim: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs all claims of one system and returns {system, claims: [{text, paper, measured, bar, verdict, …}], run}.
 
     `quick` measures on less data, in seconds. With `results`, writes `results/<slug>.json` (never for a quick run, whose
-    figures are rougher). Raises NetsukeError for an unknown slug or one that is not built yet.
+    figures are rougher). `only` measures the claims whose text contains it; the others are taken from that file, where
+    they stand, and the measured ones carry their own "run". Raises NetsukeError for an unknown slug or one that is not
+    built yet, and when no claim's text contains `only`.
     """
     from netsuke.claims import module_of, run_claim
     from netsuke.measure.machine import provenance
 
-    module = module_of(slug)
-    rows = []
-    for i, claim in enumerate(module.CLAIMS):
+    claims, run = module_of(slug).CLAIMS, {**provenance(), "quick": quick}
+    wanted = [i for i, c in enumerate(claims) if only is None or only.lower() in c.text.lower()]
+    if not wanted:
+        raise NetsukeError(f"reproduce {slug}", f"no claim contains {only!r}", "; ".join(c.text for c in claims))
+    rows: list[dict[str, Any] | None] = [None] * len(claims)
+    if only and results is not None and not quick and (path := results / f"{slug}.json").is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        before = {row["text"]: row for row in kept["claims"]}
+        rows = [before.get(c.text) for c in claims]
+    for done, i in enumerate(wanted):
         if on_claim:
-            on_claim(i, len(module.CLAIMS), claim.text)
-        rows.append(run_claim(claim, quick))
-    out = {"system": slug, "claims": rows, "run": {**provenance(), "quick": quick}}
+            on_claim(done, len(wanted), claims[i].text)
+        rows[i] = run_claim(claims[i], quick) | ({"run": run} if only else {})
+    rows = [row for row in rows if row]
+    out = {"system": slug, "claims": rows, "run": run}
     if results is not None and not quick:
         results.mkdir(parents=True, exist_ok=True)
         path = results / f"{slug}.json"
@@ -93,6 +104,7 @@ def register(app: typer.Typer) -> None:
         list_all: Annotated[bool, typer.Option("--list", help="list the systems")] = False,
         page: Annotated[bool, typer.Option("--page", help="write docs/systems.md from the results")] = False,
         results: Annotated[Path, typer.Option(help="folder of the result files")] = Path("results"),
+        only: Annotated[str | None, typer.Option(help="the claims whose text contains this; the rest stays")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     ) -> int:
         from netsuke.claims import catalogue, implemented
@@ -114,10 +126,10 @@ def register(app: typer.Typer) -> None:
             raise NetsukeError(
                 "reproduce nothing", "no system was named", ", ".join(implemented()), "netsuke reproduce modegpt"
             )
-        return show(slug, quick, results, as_json)
+        return show(slug, quick, results, as_json, only)
 
 
-def show(slug: str, quick: bool, results: Path, as_json: bool) -> int:
+def show(slug: str, quick: bool, results: Path, as_json: bool, only: str | None = None) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -127,7 +139,7 @@ def show(slug: str, quick: bool, results: Path, as_json: bool) -> int:
     with Progress(*columns, console=note, transient=True, disable=not note.is_terminal) as bar:
         task = bar.add_task("claims", total=None)
         out = reproduce(
-            slug, quick=quick, results=results,
+            slug, quick=quick, results=results, only=only,
             on_claim=lambda i, n, text: bar.update(task, completed=i, total=n, description=text[:60]),
         )  # fmt: skip
     if as_json:
