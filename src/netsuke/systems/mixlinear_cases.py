@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +14,7 @@ from torch import nn
 from netsuke.apps.signals.forecast import fold
 from netsuke.apps.signals.forecast.floors import FLOORS, repeat
 from netsuke.apps.signals.forecast.fold import Array, Shape
+from netsuke.apps.signals.forecast.forecaster import MixLinear, Weights
 from netsuke.apps.signals.forecast.models import DLinear, Fits, MixLinearNet, OneLayer, SparseTSF, parameters
 from netsuke.apps.signals.forecast.moments import Moments, fit_both, least_squares
 from netsuke.apps.signals.forecast.series import read
@@ -104,6 +106,26 @@ def trained(kind: str, name: str, horizon: int, seed: int = 0, quick: bool = Fal
     return done | {"mse": mse, "mae": mae}
 
 
+def forecaster(kind: str, name: str, horizon: int, quick: bool = False) -> MixLinear:
+    """A trained MixLinear net as the forecaster that users export; channels are scaled already."""
+    alpha, lpf = settings(kind, name, horizon)
+    out = MixLinear(horizon, LOOKBACK, PERIOD, alpha, lpf, method="adam")
+    out.shape, out.names, out.scale = shape_of(horizon), [f"channel {k}" for k in range(7)], np.ones(7)
+    out.weights = Weights(*net(kind, name, horizon, quick=quick)[0].arrays())
+    return out
+
+
+def microseconds(call: Callable[[], Any], forecasts: int, repeats: int = 7) -> float:
+    """Median time of a call, per forecast of one channel."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times) / forecasts
+
+
 def scored(forecast: Callable[[Array], Array], name: str, horizon: int, split: str = "test") -> dict[str, float]:
     """MSE and MAE of a function (windows, lookback) -> (windows, horizon) over every window and channel."""
     square = absolute = count = 0.0
@@ -125,10 +147,10 @@ def floors(name: str, horizon: int) -> dict[str, dict[str, float]]:
 def without_gradients(name: str, horizon: int) -> dict[str, Any]:
     """The moments form at the script's alpha and lpf: seconds from the rows on, bytes of state, every matrix's errors."""
     alpha, lpf = SCRIPTS[name, horizon]
-    s = shape_of(horizon)
+    s, rows = shape_of(horizon), data(name)["train"]
     start = time.perf_counter()
     seen = Moments(s, 7)
-    seen.update(data(name)["train"])
+    seen.update(rows)
     a1, a2, w1, w2 = fit_both(seen, alpha, lpf)
     seconds = time.perf_counter() - start
     time_path, frequency = fold.time_matrix(a1, a2, s), fold.frequency_matrix(w1, w2, s)

@@ -180,7 +180,8 @@ def run_on_board(
     """Builds a folder for a board ("m4", "m7") and forecasts from look-backs x (n, lookback); with `rows` (T, channels) a
     folder with updating then learns from them, refits and forecasts every channel.
 
-    Returns {outputs (n, horizon), instructions (per forecast), stack_peak, flash, ram}, and with rows {forecasts (channels,
+    Returns {outputs (n, horizon), instructions (per forecast), stack_peak, flash and ram (bytes of the forecaster
+    and its look-back and forecast, without the board's start-up code and the C library)}, and with rows {forecasts (channels,
     horizon), state: [sxx, sxy, across, inside], push, refit: instructions}.
     """
     from netsuke.devices.board import EmulatedBoard
@@ -198,6 +199,7 @@ def run_on_board(
                                channels=facts["channels"], sweeps=SWEEPS))  # fmt: skip
         sources = [main, folder / f"src/{name}.c", folder / "src/ns_forecast.c"]
         firmware = board.build(sources, Path(temporary) / "out", include=[folder / "src"], optimise=optimise)
+        own = [p for part, p in firmware.parts.items() if part in ("board_main", name, "ns_forecast")]
         given = {"input.bin": np.ascontiguousarray(x, np.float32).tobytes()}
         if updating:
             given["rows.bin"] = np.ascontiguousarray(np.zeros((0, 1)) if rows is None else rows, np.float32).tobytes()
@@ -207,7 +209,7 @@ def run_on_board(
                   for k in ("run", "push", "refit")}  # fmt: skip
         out = {
             "outputs": y[: len(x)], "instructions": int(np.median(counts["run"])) if counts["run"] else 0,
-            "stack_peak": run.stack_peak, "flash": firmware.flash, "ram": firmware.ram,
+            "stack_peak": run.stack_peak, "flash": sum(p.text + p.data for p in own), "ram": sum(p.data + p.bss for p in own),
             "weights": sum(size for symbol, size in firmware.symbols().items() if symbol.startswith(f"{name}_")
                            and symbol.removeprefix(f"{name}_") in _FIELDS),
         }  # fmt: skip
