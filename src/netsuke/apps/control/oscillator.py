@@ -93,7 +93,7 @@ def learn(plant: MassSpringDamper, past: int = 2, hidden: int = 16, ticks: int =
         for s, shape in zip(scales, shapes)
     ]
     inputs, wanted = torch.from_numpy((x - centre) / spread), torch.from_numpy((target - middle) / width)
-    optimiser = torch.optim.LBFGS(weights, max_iter=1500, history_size=30, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(weights, max_iter=800, history_size=30, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimiser.zero_grad()

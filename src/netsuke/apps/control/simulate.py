@@ -38,14 +38,18 @@ class Emulated:
     parts: dict[str, board.Size]
 
 
+def compiler() -> str | None:
+    """This computer's C compiler."""
+    return shutil.which("cc") or shutil.which("gcc")
+
+
 def on_host(predictor: Predictor, knobs: NewtonMPC, path: Array, start: Array, plant: Predictor | None = None) -> Trace:
     """The loop along path (T, p) from rest at `start`, in C on this computer; the plant is the model unless another is given.
 
     Raises NetsukeError when there is no C compiler or it refuses.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    asked = "run the controller's C here"
-    if compiler is None:
+    asked, cc = "run the controller's C here", compiler()
+    if cc is None:
         raise NetsukeError(asked, "there is no C compiler", "cc or gcc", "sudo apt-get install gcc")
     with tempfile.TemporaryDirectory(prefix="netsuke-control-") as folder:
         here = Path(folder)
@@ -53,7 +57,7 @@ def on_host(predictor: Predictor, knobs: NewtonMPC, path: Array, start: Array, p
         sources = [str(p) for p in (*own, *around, SOURCES / "host.c")]
         include = [f"-I{here}", f"-I{board.SOURCES}"]
         built = subprocess.run(
-            [compiler, *FLAGS, *include, *(f"-D{k}={v}" for k, v in _defines(knobs).items()), *sources, "-o", here / "loop"],
+            [cc, *FLAGS, *include, *(f"-D{k}={v}" for k, v in _defines(knobs).items()), *sources, "-o", here / "loop"],
             capture_output=True, text=True,
         )  # fmt: skip
         if built.returncode:

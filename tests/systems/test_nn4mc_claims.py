@@ -1,0 +1,59 @@
+"""The claims of nn4mc: quick measurements on the published networks where they are there, well-formed where not."""
+
+import pytest
+
+from netsuke.claims import run_claim
+from netsuke.data.catalogue import missing
+from netsuke.devices.board import missing_tools
+from netsuke.systems import nn4mc
+from netsuke.systems import nn4mc_cases as cases
+
+ABSENT = missing(nn4mc.ALL)
+with_data = pytest.mark.skipif(bool(ABSENT), reason=f"NETSUKE_DATA lacks {', '.join(ABSENT)}")
+
+
+def test_every_claim_can_be_judged_or_says_why_not():
+    assert len({c.text for c in nn4mc.CLAIMS}) == len(nn4mc.CLAIMS)
+    for claim in nn4mc.CLAIMS:
+        assert bool(claim.measure) != bool(claim.why)
+        assert claim.measure is None or claim.bar or not claim.control
+
+
+def test_without_the_other_compiler_nothing_is_judged(monkeypatch):
+    monkeypatch.delenv(cases.PEERS, raising=False)
+    got = nn4mc.beside_nn4mc(True)
+    assert got.met is None and cases.PEERS in got.shown
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(cases, "QUICK_TICKS", 40)
+    cases.whole_path.cache_clear()
+    cases.on_board.cache_clear()
+    yield
+    cases.whole_path.cache_clear()
+    cases.on_board.cache_clear()
+
+
+@with_data
+@pytest.mark.parametrize("what", ["generated_code", "tracking", "same_as_python", "int8_weights"])
+def test_quick_measurements_meet_their_bars(short, what):
+    assert getattr(nn4mc, what)(True).met
+
+
+@with_data
+@pytest.mark.parametrize("what", ["wrong_weights", "other_seed", "int8_in_metres", "plain_newton"])
+def test_controls_miss(short, what):
+    assert not getattr(nn4mc, what)(True).met
+
+
+@with_data
+@pytest.mark.skipif(bool(missing_tools()), reason=f"needs {missing_tools()}")
+def test_the_board_is_fast_and_small_enough(short):
+    assert nn4mc.cycles(True).met and nn4mc.size(True).met and not nn4mc.differences_cycles(True).met
+
+
+def test_absent_data_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("NETSUKE_DATA", str(tmp_path))
+    row = run_claim(next(c for c in nn4mc.CLAIMS if "whole" in c.text), True)
+    assert row["verdict"] == "cannot be shown" and "hasel_reference_path.mat" in row["measured"]
