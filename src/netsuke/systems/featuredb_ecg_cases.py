@@ -72,15 +72,16 @@ def mit_peaks(quick: bool, moved: float = 0.0) -> dict[str, float]:
 
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 begin = time.perf_counter()
 from netsuke.apps.signals.ecg.pipeline import analyse
 from netsuke.apps.signals.ecg.read import read
 from netsuke.apps.signals.ecg.report import text
 a = analyse(read(sys.argv[1], rate=250, unit="1000/mV"))
 words = text(a)
+from netsuke.measure.peak import resident
 print(json.dumps({"seconds": time.perf_counter() - begin, "beats": len(a.r), "hours": a.seconds / 3600,
-                  "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}))
+                  "peak_mb": resident()["mark"] / 1e6}))
 """
 
 

@@ -55,6 +55,21 @@ class Segment:
     delineation: Delineation
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What is kept of a segment when it has passed: a row of the trend."""
+
+    start: float
+    beats: int
+    rate: float | None
+    values: dict[str, Value]
+    flags: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        some = {k: self.values[k].value for k in ("PR", "QRS", "QT")}
+        return {"start": self.start, "beats": self.beats, "heart rate": self.rate, **some, "flags": self.flags}
+
+
 @dataclass
 class Analysis:
     """All that is known of one lead; `as_dict` for JSON. `typical` is the segment whose QT is the record's median."""
@@ -150,43 +165,48 @@ def analyse(
             f"read {record.name or 'the record'}", f"it lasts {record.seconds:.2f} s",
             f"{SHORTEST:g} s or more, better ten", "a longer record, or the right --rate",
         )  # fmt: skip
-    found, best = [], None
+    stretches: list[Stretch] = []
+    r_parts, mark_parts, why, best = [], [], [], None
     for s in segments(blocks(record, index), record.fs, method, weights):
         if best is None or (s.delineation.beat is not None and best.delineation.beat is None):
             best = s
-        found.append((s.start, s.r, s.marks, s.why, s.values, s.flags))
-    typical = middle_segment(record, index, found, method, weights) if len(found) > 1 else best
-    r = np.concatenate([f[1] for f in found])
-    values = merged([f[4] for f in found])
-    flags = Counter(f for row in found for f in dict.fromkeys(row[5]))
-    values |= rates(r, len(found), flags)
-    marks = np.concatenate([f[2] for f in found])
+        stretches.append(Stretch(s.start, len(s.r), typical_rate(s.r), s.values, s.flags))
+        r_parts.append(s.r)
+        mark_parts.append(s.marks)
+        why += s.why
+    r, marks = np.concatenate(r_parts), np.concatenate(mark_parts)
+    r_parts.clear()
+    mark_parts.clear()
+    typical = middle_segment(record, index, stretches, method, weights) if len(stretches) > 1 else best
+    values = merged([s.values for s in stretches])
+    flags = Counter(f for s in stretches for f in dict.fromkeys(s.flags))
+    values |= rates(r, len(stretches), flags)
     rhythm = hrv(np.diff(r), r[1:]) if len(r) > 1 else {"SDNN": gap("fewer than two beats", "ms")}
     d = typical.delineation
     shapes: dict[str, Any] = {}
     if d.beat is not None:
         shapes = parameters.shapes(d.beat.wave, d.marks, d.reasons, d.flags)
         shapes["alternation"] = alternation(d.x, d.peaks, d.beat)
-    trend = [
-        {"start": f[0], "beats": len(f[1]), "heart rate": 60 / float(np.median(np.diff(f[1]))) if len(f[1]) > 2 else None,
-         **{k: f[4][k].value for k in ("PR", "QRS", "QT")}, "flags": f[5]}
-        for f in found
-    ]  # fmt: skip
     out = Analysis(
         record.name, record.leads[index], record.fs, record.seconds, method, values, shapes, rhythm,
-        screen(marks, values, record.sex, r), {k: v / len(found) for k, v in flags.most_common()},
-        r, marks, [w for f in found for w in f[3]], trend, typical,
+        screen(marks, values, record.sex, r), {k: v / len(stretches) for k, v in flags.most_common()},
+        r, marks, why, [s.as_dict() for s in stretches], typical,
     )  # fmt: skip
     if across and 1 < len(record.leads) <= 16:
         out.leads = across_leads(record, method, weights)
     return out
 
 
-def middle_segment(record: Record, lead: int, found: list, method: str, weights: str) -> Segment:
+def typical_rate(r: np.ndarray) -> float | None:
+    """Beats per minute by the median RR of R at `r` (P,) s; None for fewer than three."""
+    return 60 / float(np.median(np.diff(r))) if len(r) > 2 else None
+
+
+def middle_segment(record: Record, lead: int, stretches: list[Stretch], method: str, weights: str) -> Segment:
     """The block whose QT (or else beat count) is nearest to the median of all, delineated once more."""
-    key = np.array([float(f[4]["QT"].value or math.nan) for f in found])
+    key = np.array([float(s.values["QT"].value or math.nan) for s in stretches])
     if np.isnan(key).all():
-        key = np.array([float(len(f[1])) for f in found])
+        key = np.array([float(s.beats) for s in stretches])
     chosen = int(np.nanargmin(np.abs(key - np.nanmedian(key))))
     one = next(b for k, b in enumerate(blocks(record, lead)) if k == chosen)
     return next(segments([one], record.fs, method, weights))

@@ -27,7 +27,7 @@ def draws(beats: np.ndarray, centre: float, plus_minus: float | None, seed: int 
     out = np.full(DRAWS, centre)
     if len(beats) > 2:
         some = beats if len(beats) <= 2000 else rng.choice(beats, 2000, replace=False)
-        size = min(len(some), 400)
+        size = min(len(some), 200)
         out = centre + np.median(rng.choice(some, (DRAWS, size)), axis=1) - np.median(some)
     return out + rng.normal(0, (plus_minus or 0.0) / NINETY, DRAWS)
 
@@ -58,7 +58,7 @@ def screen(marks: np.ndarray, values: dict[str, Value], sex: str, r: np.ndarray)
     gaps = np.diff(r)[:20_000]
     rng = np.random.default_rng(0)
     change, typical = np.abs(np.diff(gaps)), np.median(gaps)
-    d = np.median(rng.choice(change, (DRAWS, min(len(change), 400))), axis=1) / typical
+    d = np.median(rng.choice(change, (DRAWS, min(len(change), 200))), axis=1) / typical
     low, high = np.quantile(d, (0.025, 0.975))
     out["irregular rhythm"] = {
         "score": irregularity(gaps), "limit": IRREGULAR, "unit": "", "low": float(low), "high": float(high),
