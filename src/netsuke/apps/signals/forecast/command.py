@@ -68,8 +68,11 @@ def predict(
 ) -> None:  # fmt: skip
     from netsuke.apps.signals.forecast import backtest as past
     from netsuke.apps.signals.forecast.forecaster import MixLinear
+    from netsuke.apps.signals.forecast.picture import check, draw
     from netsuke.models.files import write_atomically
 
+    if plot is not None:
+        check(plot)
     if model is not None:
         from netsuke.apps.signals.forecast.series import read
 
@@ -86,8 +89,6 @@ def predict(
     if output is not None:
         write_atomically(output, lambda f: f.write(table.encode()))
     if plot is not None:
-        from netsuke.apps.signals.forecast.picture import draw
-
         with _bar("backtest") as step:
             found = past.backtest(series, made.like(), on_fold=step)
         draw(series, ahead, found.bands, plot)
@@ -109,14 +110,15 @@ def backtest(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     from netsuke.apps.signals.forecast import backtest as past
+    from netsuke.apps.signals.forecast.picture import check, draw
     from netsuke.apps.signals.forecast.series import Series
 
+    if plot is not None:
+        check(plot)
     series, model = _open(data, horizon, lookback, period, alpha, lpf, method, columns, missing, seed)
     with _bar("backtest") as step:
         got = past.backtest(series, model, folds=folds, on_fold=step)
     if plot is not None:
-        from netsuke.apps.signals.forecast.picture import draw
-
         cut = len(series.values) - got.model.horizon
         before = Series(series.values[:cut], series.names, series.start, series.step)
         draw(before, got.model.predict(before), got.bands, plot)

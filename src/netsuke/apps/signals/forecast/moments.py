@@ -170,7 +170,7 @@ def fit_frequency(sxx: Array, sxy: Array, shape: Shape, lpf: int, rank: int = 2)
     e = spectrum(shape, bins)
     sines = [k for k in range(bins) if 0 < k < shape.n - k]
     basis = np.concatenate([e.real, e.imag[sines]]).T  # (n, d)
-    c = np.linalg.cholesky(ridged(basis.T @ sxx @ basis))
+    c = np.linalg.cholesky(basis.T @ ridged(sxx) @ basis)
     white = np.linalg.solve(c, basis.T @ sxy)  # (d, m)
     u, s, v = np.linalg.svd(white, full_matrices=False)
     rank = min(rank, len(s))

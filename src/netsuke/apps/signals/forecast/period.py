@@ -31,8 +31,8 @@ def find_period(x: Array) -> int | None:
         peaks = lags[(r[lags] > r[lags - 1]) & (r[lags] >= r[lags + 1])]
         found |= set(peaks[np.argsort(-contrast(r, peaks))[:CANDIDATES]].tolist())
     scores = {p: float(contrast(filtered(x, p), np.array([p]))[0]) for p in sorted(found)}
-    # chance: 1 / p is what the moving average does to noise; a random walk gives up to 2 sqrt(p / T)
-    scores = {p: v for p, v in scores.items() if v > 0.1 + 1 / p + 2 * math.sqrt(p / t)}
+    # chance: 1 / p is what the moving average does to noise; a random walk gives up to 2.5 sqrt(p / T)
+    scores = {p: v for p, v in scores.items() if v > 0.1 + 1 / p + 2.5 * math.sqrt(p / t)}
     if not scores:
         return None
     first = min(p for p, v in scores.items() if v >= ENOUGH * max(scores.values()))

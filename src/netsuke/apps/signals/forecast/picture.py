@@ -16,11 +16,18 @@ MOST = 8  # channels in one picture
 KINDS = (".svg", ".png", ".pdf")
 
 
+def check(path: Path) -> None:
+    """Raises NetsukeError when a picture could not be written to `path`: asked before long work."""
+    if path.suffix.lower() not in KINDS:
+        raise NetsukeError(f"draw {path.name}", f"the ending {path.suffix!r} is unknown", ", ".join(KINDS))
+    if not path.absolute().parent.is_dir():
+        raise NetsukeError(f"draw {path.name}", "its folder does not exist", "an existing, writable folder")
+
+
 def draw(series: Series, forecast: Array, bands: Array | None, path: Path) -> None:
     """One panel per channel (the first eight): twice the horizon of the past, the forecast (horizon, channels) and the bands
     (levels, horizon, channels) of the backtest around it. Raises NetsukeError for other endings and unwritable folders."""
-    if path.suffix.lower() not in KINDS:
-        raise NetsukeError(f"draw {path.name}", f"the ending {path.suffix!r} is unknown", ", ".join(KINDS))
+    check(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

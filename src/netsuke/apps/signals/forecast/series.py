@@ -1,7 +1,7 @@
 """Series from files and arrays: columns, dates in equal steps, missing values.
 
-A CSV has a header, a column of dates if it likes (its name holds "date", "time" or "timestamp", or it is the first and no
-number), and numeric columns. Empty cells, NA, NaN and null are missing. Missing rows (a gap in the dates) become missing values.
+A CSV has a header, a column of dates if it likes (its name holds "date" or "time", or it is the first and begins with
+one), and numeric columns. Empty cells, NA, NaN and null are missing. Missing rows (a gap in the dates) become missing values.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _table(path: Path, asked: str) -> Series:
     if all(_number(h) is not None for h in head):
         raise NetsukeError(asked, "its first line holds numbers", "a header line with the columns' names")
     dated = next((k for k, h in enumerate(head) if any(w in h.lower() for w in ("date", "time"))), None)
-    if dated is None and _number(body[0][0]) is None and body[0][0].strip().lower() not in MISSING:
+    if dated is None and _date(body[0][0]) is not None and _number(body[0][0]) is None:
         dated = 0
     names = [h for k, h in enumerate(head) if k != dated]
     if len(set(names)) < len(names) or not names:
@@ -138,16 +138,22 @@ def _number(cell: str) -> float | None:
         return None
 
 
+def _date(cell: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(cell.strip())
+    except ValueError:
+        return None
+
+
 def _dated(values: Array, names: list[str], cells: list[str], asked: str) -> Series:
     """Rows on a grid of equal steps: the most frequent one; rows that are not there become NaN."""
     dates = []
     for k, c in enumerate(cells):
-        try:
-            dates.append(datetime.fromisoformat(c.strip()))
-        except ValueError:
+        dates.append(_date(c))
+        if dates[-1] is None:
             raise NetsukeError(
                 asked, f"line {k + 2}: {c.strip()[:30]!r} is no date", "ISO dates such as 2016-07-01 00:00:00"
-            ) from None
+            )
     if len({d.tzinfo is None for d in dates}) > 1:
         raise NetsukeError(asked, "some dates have a time zone and some have none", "one kind")
     gaps = [b - a for a, b in itertools.pairwise(dates)]
