@@ -70,7 +70,8 @@ def step(job, position, speed, u):
 
 
 def main():
-    job = json.load(open(sys.argv[1]))
+    with open(sys.argv[1]) as file:
+        job = json.load(file)
     squares, count, spent = 0.0, 0, 0.0
     for path in job["paths"]:
         mpc, state = controller(job)

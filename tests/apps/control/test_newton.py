@@ -1,5 +1,7 @@
 """The controller: derivatives of the whole cost, the solve, what steps do, refusals, bits of C and Python."""
 
+import ctypes
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -190,8 +192,6 @@ def test_every_activation_and_odd_sizes_have_the_same_bits(activations):
 
 @needs_c
 def test_an_exported_folder_tests_itself(tmp_path):
-    import subprocess
-
     predictor = model()
     out = tmp_path / "fw"
     facts = firmware.write_controller(predictor, KNOBS, out, name="arm", path=path(10), start=np.zeros(2))
@@ -210,18 +210,31 @@ def test_an_exported_folder_tests_itself(tmp_path):
 
 
 @needs_c
-def test_the_workspace_is_as_large_as_c_says(tmp_path):
-    import ctypes
-    import subprocess
-
-    predictor, knobs = model(), replace(KNOBS, moves=3)
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_sensors_lost_measurements_and_the_workspace_in_c(tmp_path, int8):
+    predictor, knobs, wanted = model(), replace(KNOBS, moves=3, correction=0.2), path(20).astype(np.float32)
+    predictor = predictor.quantized(0.5, np.ones(2), 0.3) if int8 else predictor
     for name, text in firmware.controller_c(predictor, knobs, "arm").items():
         (tmp_path / name).write_text(text)
     with (tmp_path / "arm.c").open("a") as f:
         f.write("int asked(void) { return ns_mpc_floats(&config); }\n")
-    sources = [str(tmp_path / n) for n in ("arm.c", "ns_mpc.c", "ns_dense.c")]
-    subprocess.run([simulate.compiler(), "-shared", "-fPIC", *sources, "-o", tmp_path / "a.so"], check=True)
-    assert ctypes.CDLL(str(tmp_path / "a.so")).asked() == firmware.floats(predictor, knobs)
+    sources = [tmp_path / n for n in ("arm.c", "ns_mpc.c", "ns_dense.c")]
+    flags = [*simulate.FLAGS, "-shared", "-fPIC", "-o", tmp_path / "a.so"]
+    subprocess.run([simulate.compiler(), *sources, *flags], check=True)
+    library = ctypes.CDLL(str(tmp_path / "a.so"))
+    assert library.asked() == firmware.floats(predictor, knobs)
+
+    def address(a: np.ndarray) -> ctypes.c_void_p:
+        return a.ctypes.data_as(ctypes.c_void_p)
+
+    y, u = np.zeros(2, np.float32), np.empty(2, np.float32)
+    controller = knobs.controller(predictor, y)
+    library.arm_reset(address(y))
+    for n, sensors in enumerate(rng(5).uniform(-0.3, 0.3, (8, 3)).astype(np.float32)):
+        y = np.float32([0.1 * np.sin(n), np.nan if n == 4 else 0.05])
+        ahead = np.ascontiguousarray(wanted[n : n + 5])
+        library.arm_step(address(y), address(sensors), address(ahead), address(u))
+        assert np.array_equal(u, controller.step(y, ahead, sensors))
 
 
 @needs_board
