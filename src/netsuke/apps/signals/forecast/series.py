@@ -49,7 +49,7 @@ def read(path: Path, columns: list[str] | None = None) -> Series:
     if path.suffix == ".npy":
         try:
             x = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as e:
+        except (ValueError, EOFError, OSError, MemoryError) as e:
             raise NetsukeError(
                 asked, f"it is not a sound .npy file ({e})", "numbers of shape (T,) or (T, channels)"
             ) from None
