@@ -147,8 +147,11 @@ def gaps_explained(quick: bool) -> Measured:
 
 def a_day(quick: bool) -> Measured:
     got = day_long(2.0 if quick else 24.0)
-    shown = f"{got['hours']:.0f} h in {got['seconds']:.1f} s and {got['peak_mb']:.0f} MB ({got['beats']:,} beats)"
-    met = None if quick else got["seconds"] <= 60 and got["peak_mb"] <= 200
+    shown = (
+        f"{got['hours']:.0f} h in {got['cpu_seconds']:.1f} s of one core ({got['seconds']:.1f} s by the clock of a machine "
+        f"that others use too) and {got['peak_mb']:.0f} MB, {got['beats']:,} beats"
+    )
+    met = None if quick else got["cpu_seconds"] <= 60 and got["peak_mb"] <= 200
     return Measured(shown, met, got)
 
 

@@ -125,6 +125,8 @@ def blocks(record: Record, lead: int) -> Iterator[Block]:
         start, end = k * BLOCK, total if k == count - 1 else (k + 1) * BLOCK
         low, high = max(0.0, start - CONTEXT), min(total, end + CONTEXT)
         x = record.millivolts(lead, round(low * fs), round(high * fs))
+        if k % 100 == 99:
+            record.forget()
         yield Block(x, round(low * fs) / fs, start, end)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,14 @@ class Record:
         raw = np.asarray(self.signals[lead, start:stop])
         out = (raw - float(self.offset[lead])) / float(self.gain[lead])
         return np.where(raw == self.missing, np.nan, out) if self.missing is not None else out
+
+    def forget(self) -> None:
+        """Gives back the pages of a memory-mapped file that were read so far: a day's file need not stay in memory."""
+        base = self.signals
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def check_rate(fs: float, name: str = "a record") -> None:
