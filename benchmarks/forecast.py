@@ -3,8 +3,8 @@
     python benchmarks/forecast.py [--json]
 
 One split, one loop, every window of the test months scored once, errors on scaled values, a complex number counted as two. The
-data are third-party files below $NETSUKE_DATA (mixlinear/). neuralforecast is not run beside it: it asks for a CUDA build of
-PyTorch; its DLinear is the one that is re-implemented here.
+data are third-party files below $NETSUKE_DATA (mixlinear/). neuralforecast is not run beside it: installing it brings
+PyTorch's CUDA libraries; of its models DLinear is re-implemented here.
 """
 
 from __future__ import annotations
