@@ -194,7 +194,48 @@ def systems() -> str:
     return "\n".join(rows) + "\n\n● met, ○ not met, · cannot be shown here."
 
 
+def mcu() -> str:
+    """The microcontroller's figures: counted instructions beside other kernels, and LiteRT on this machine."""
+    out = []
+    if got := read("benchmarks/results/mcu_peers.json"):
+        rows = ["| kernels | compiler | instructions | to netsuke's |", "|---|---|---|---|"]
+        best: dict[str, Any] = {}
+        for r in got["network"]["rows"]:
+            if r["peer"] not in best or r["instructions"] < best[r["peer"]]["instructions"]:
+                best[r["peer"]] = r
+        ours = best["netsuke, DSP"]["instructions"]
+        for r in sorted(best.values(), key=lambda r: r["instructions"]):
+            rows.append(
+                f"| {r['peer']} | `{r['flags']}` | {r['instructions'] / 1e6:.1f} M | {r['instructions'] / ours:.2f}x |"
+            )
+        out.append(
+            "One inference of MCUNetV3's mcunet-5fps (22.6 M multiply-accumulates) on an emulated Cortex-M4, every layer checked "
+            f"against ours, each with its best flags (`python benchmarks/mcu_peers.py`; {where(got['run'])}).\n\n"
+            + "\n".join(rows)
+        )
+    if got := read("benchmarks/results/litert.json"):
+        head = (
+            "| network | outputs equal to LiteRT | operators within a step, XNNPACK off | C | LiteRT off | LiteRT on |"
+        )
+        rows = [head, "|---|---|---|---|---|---|"]
+        for r in got["rows"]:
+            t, on, off = r["latency"], r["outputs"]["to_on"], r["outputs"]["operators_to_off"]
+            rows.append(
+                f"| {r['name']} | {on['equal']:.2%} | {off['within_a_step']:.2%} | {t['c']['ms']:.4g} ms | "
+                f"{t['off']['ms']:.4g} ms | {t['on']['ms']:.4g} ms |"
+            )
+        out.append(
+            f"The same int8 files in LiteRT {got['litert']}, one thread, sides in turn, medians of {got['rounds']} rounds "
+            f"(`python benchmarks/litert.py`; {where(got['run'])}).\n\n" + "\n".join(rows)
+        )
+    return (
+        "\n\n".join(out)
+        or "Not measured yet: `python benchmarks/mcu_peers.py --json`, `python benchmarks/litert.py --json`."
+    )
+
+
 PARTS = {
+    "mcu": mcu,
     "demo": demo,
     "measured": allocation,
     "quantization": quantization,
@@ -220,3 +261,4 @@ def fill(path: Path) -> None:
 if __name__ == "__main__":
     fill(ROOT / "README.md")
     fill(ROOT / "docs/measurements.md")
+    fill(ROOT / "docs/microcontrollers.md")

@@ -135,8 +135,9 @@ def show(got: dict[str, Any]) -> None:
             table.add_row(f"RAM: {name}", f"{ram[name]:,}")
     table.add_row("RAM in all", f"{ram['total']:,} of {ram['limit']:,}")
     table.add_section()
-    for name, size in flash["parts"].items():
-        table.add_row(f"flash: {name}", f"{size:,}")
+    for name, size in (*flash["parts"].items(), ("code, about", flash["code"])):
+        if size:
+            table.add_row(f"flash: {name}", f"{size:,}")
     table.add_row("flash in all", f"{got['storage']['bytes']:,} of {got['storage']['limit']:,}")
     console.print(table)
     peak = Table(

@@ -88,7 +88,7 @@ def method_of(x: Choice) -> str:
 def checks(c: NetworkCarving) -> list[dict[str, Any]]:
     rows = [
         ("outputs of the artifact's C kernels that differ from the reference's", c.proof["elements"], 0),
-        ("flash for weights and tables against the storage limit", c.after["bytes"], c.budget.storage),
+        ("flash (weights, tables, kernels) against the storage limit", c.after["bytes"], c.budget.storage),
         ("planned RAM (arena, variables, stack) against the limit", c.after["peak_ram"], c.budget.ram),
     ]
     return [{"what": what, "value": value, "limit": limit, "ok": value <= limit} for what, value, limit in rows]

@@ -1,7 +1,7 @@
 """What a small network takes on a chip, as plain values: the arena and who fills it at the peak, flash by part and layer.
 
 Flash is counted on the lowered program, so it is what the linker will see of constants, parameters and the start values
-of variables; the code of the kernels depends on the compiler and is measured after the build.
+of variables; the code of the kernels depends on the compiler: it is what was linked for a Cortex-M4 (instructions.json).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from netsuke.graph.arena import Arena
+from netsuke.graph.instructions import code_bytes
 from netsuke.graph.ir import QGraph
 from netsuke.graph.lower import Program, lower
 
@@ -52,13 +53,14 @@ def facts(graph: QGraph, arena: Arena) -> dict[str, Any]:
 
 
 def flash(graph: QGraph, arena: Arena | None = None) -> dict[str, Any]:
-    """{"parts": {weights, biases, tables, parameters, variables}, "by_layer": {operator: bytes}, "total"}.
+    """{"parts": {weights, biases, tables, parameters, variables}, "by_layer": {operator: bytes}, "total", "code"}.
 
     weights     as the kernels read them: 4-bit ones packed, spare bytes for word loads included
     biases      constants with one number per output channel
     tables      multipliers, functions by table and the like
     parameters  shapes, strides and zero points of the calls
     variables   start values of what training changes (they lie in RAM as well)
+    code        of the kernels and the program, predicted; not in "total", which is exact
 
     What several operators share (bands, recurrent steps) counts for the first. Raises NetsukeError for an operator that
     has no kernel.
@@ -71,12 +73,14 @@ def flash(graph: QGraph, arena: Arena | None = None) -> dict[str, Any]:
         parts[part] += table.data.nbytes
     parts["parameters"] = sum(4 * len(call.params) for call in program.calls)
     parts["variables"] = sum(table.data.nbytes for table in program.variables)
-    return {"parts": dict(parts), "by_layer": _by_layer(graph, program), "total": sum(parts.values())}
+    code = code_bytes({call.function for call in program.calls}, len(program.calls))
+    return {"parts": dict(parts), "by_layer": _by_layer(graph, program), "total": sum(parts.values()), "code": code}
 
 
 def flash_bytes(graph: QGraph) -> int:
-    """All of `flash`, without an arena: bytes of constants, parameters and start values."""
-    return flash(graph)["total"]
+    """All of `flash`, without an arena: constants, parameters, start values, and the code that reads them."""
+    got = flash(graph)
+    return got["total"] + got["code"]
 
 
 def _by_layer(graph: QGraph, program: Program) -> dict[str, int]:
