@@ -6,7 +6,7 @@
     model.n_parameters(), model.save(path), MixLinear.load(path), model.to_c(folder)
 
 method "moments" (default) needs one pass and no gradients; "adam" starts there, adds the smoothing convolution of the paper and
-trains as it does, with the last fifth of the rows for early stopping: seconds to minutes, often 1 to 3 % better.
+trains as it does, with the last fifth of the rows for early stopping: minutes, often 1 to 3 % better.
 alpha and lpf, when "auto", are chosen on the last fifth of the rows; then everything is fitted again on all rows.
 """
 
