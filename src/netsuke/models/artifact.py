@@ -22,8 +22,12 @@ from netsuke.models.places import FORMAT, MANIFEST, SUFFIX, VERSION, digest
 
 def is_artifact(folder: Path) -> bool:
     """Whether a folder's manifest says that it is ours, of any version."""
+    return _says(folder / MANIFEST, FORMAT)
+
+
+def _says(file: Path, format: str) -> bool:
     try:
-        return json.loads((folder / MANIFEST).read_bytes()).get("format") == FORMAT
+        return json.loads(file.read_bytes()).get("format") == format
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
@@ -63,6 +67,40 @@ def write_artifact(
     except OSError as e:
         raise NetsukeError(asked, e.strerror or str(e), "a folder that can be written to, with room left") from e
     return folder
+
+
+def check_folder(out: Path, asked: str, mark: str, format: str) -> Path:
+    """The full path of a folder that may be written; refuses before any work what could not be written after it.
+
+    mark, format   a folder is ours when its file `mark` is JSON that says so: {"format": format, …}
+
+    Raises NetsukeError when the name is not plain, the parent is missing, or anything that is not ours stands there.
+    """
+    out = Path(os.path.realpath(out))
+    if not plain_name(out.name) or not out.parent.is_dir():
+        raise NetsukeError(asked, "the name is not plain or the parent folder does not exist", "a new folder's name")
+    if os.path.lexists(out) and not (out.is_dir() and _says(out / mark, format)):
+        raise NetsukeError(asked, "something else is there", "a new folder, or one that this wrote", "another name")
+    return out
+
+
+def write_texts(out: Path, files: dict[str, str], asked: str) -> None:
+    """Writes a folder of text files (path inside it -> text), complete or not there; what stood there is replaced.
+
+    Raises NetsukeError when the parent folder cannot be written to.
+    """
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        for path, text in files.items():
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+            write_file(part / path, text.encode())
+        replace(part, out)
+        remove_stale(out)
+    except OSError as e:
+        raise NetsukeError(asked, e.strerror or str(e), "a folder that can be written to, with room left") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_writable(folder: Path) -> Path:

@@ -11,9 +11,7 @@ The network is not the code that `export --home c` prints: the controller needs 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,7 @@ from netsuke.apps.control.newton import NewtonMPC
 from netsuke.apps.control.predictor import Predictor
 from netsuke.errors import NetsukeError
 from netsuke.export.c.source import environment
-from netsuke.models.artifact import remove_stale, replace, write_file
-from netsuke.models.files import read_json
+from netsuke.models.artifact import check_folder, write_texts
 
 SOURCES = Path(__file__).parent / "csrc"
 CORE = ("ns_dense.h", "ns_dense.c", "ns_mpc.h", "ns_mpc.c")
@@ -102,35 +99,14 @@ def write_controller(
     asked = f"write the controller to {out.name}"
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name) or name[:3] == "ns_" or name == "plant":
         raise NetsukeError(asked, f"the name {name!r} is no prefix of C functions", "lower-case letters, digits, _")
-    out = Path(os.path.realpath(out))
-    if os.path.lexists(out) and not _is_ours(out):
-        raise NetsukeError(asked, "something else is there", "a new folder, or one that this wrote", "another name")
-    if not out.parent.is_dir():
-        raise NetsukeError(asked, "the parent folder does not exist", "a folder inside one that exists")
+    out = check_folder(out, asked, FACTS, FORMAT)
     files = {f"src/{part}": text for part, text in controller_c(predictor, knobs, name).items()}
     view = _known_ticks(predictor, knobs, path, start) | {"name": name, "title": name, "tolerance": TOLERANCE}
     files |= {f"test/{name}_test.c": render("test.c.j2", **view), "Makefile": render("Makefile.j2", **view)}
     found = {"format": FORMAT, "version": 1, "name": name, **facts(predictor, knobs)}
     files[FACTS] = json.dumps(found, indent=1) + "\n"
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        for where, text in files.items():
-            (part / where).parent.mkdir(parents=True, exist_ok=True)
-            write_file(part / where, text.encode())
-        replace(part, out)
-        remove_stale(out)
-    except OSError as e:
-        raise NetsukeError(asked, e.strerror or str(e), "a folder that can be written to, with room left") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    write_texts(out, files, asked)
     return found
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and read_json(folder / FACTS).get("format") == FORMAT
-    except NetsukeError:
-        return False
 
 
 def _known_ticks(predictor: Predictor, knobs: NewtonMPC, path: Array, start: Array) -> dict[str, Any]:

@@ -10,9 +10,7 @@ The calls are those of `graph/lower.py`, so that this code, the host's and the r
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +19,8 @@ import numpy as np
 
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import DTYPES, QGraph, Tensor
-from netsuke.models.artifact import remove_stale, replace, write_file
-from netsuke.models.files import plain_name, read_json
+from netsuke.models.artifact import check_folder, write_texts
+from netsuke.models.files import read_json
 
 FORMAT, VERSION, FACTS = "netsuke-c", 1, "size.json"
 NAME = r"(?!ns(_|$))[A-Za-z][A-Za-z0-9_]*"  # ns_ is the kernels'
@@ -74,34 +72,12 @@ def write_c(
     asked = f"export {graph.name} as C to {out.name}"
     if not re.fullmatch(NAME, name) or len(name) > LONGEST_NAME or name in TARGETS:
         raise NetsukeError(asked, f"the name {name!r} is no prefix of C functions", "letters, digits, _ (not ns_…)")
-    out = Path(os.path.realpath(out))
-    if not plain_name(out.name) or not out.parent.is_dir():
-        raise NetsukeError(asked, "the name is not plain or the parent folder does not exist", "a new folder's name")
-    if os.path.lexists(out) and not _is_ours(out):
-        raise NetsukeError(asked, "something else is there", "a new folder, or one that export wrote", "another name")
+    out = check_folder(out, asked, FACTS, FORMAT)
     from netsuke.export.c.source import sources
 
     files, facts = sources(graph.check(), name, golden, seed)
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        for path, text in files.items():
-            (part / path).parent.mkdir(parents=True, exist_ok=True)
-            write_file(part / path, text.encode())
-        replace(part, out)
-        remove_stale(out)
-    except OSError as e:
-        raise NetsukeError(asked, e.strerror or str(e), "a folder that can be written to, with room left") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    write_texts(out, files, asked)
     return {k: v for k, v in facts.items() if k != "calls"}
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and read_json(folder / FACTS).get("format") == FORMAT
-    except NetsukeError:
-        return False
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,7 @@ networks of `export --home c` would need a second copy of the look-back for the 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ import numpy as np
 from netsuke.apps.signals.forecast import fold
 from netsuke.apps.signals.forecast.fold import Array
 from netsuke.errors import NetsukeError
-from netsuke.models.artifact import remove_stale, replace, write_file
+from netsuke.models.artifact import check_folder, write_texts
 from netsuke.models.files import read_json
 
 if TYPE_CHECKING:
@@ -114,27 +112,13 @@ def write_forecaster(
         )  # fmt: skip
     if updating and model.shape.p > LARGEST_P:
         raise NetsukeError(asked, f"the look-back has {model.shape.n} periods", f"at most {LARGEST_P**2}")
-    out = Path(os.path.realpath(out))
-    if os.path.lexists(out) and not _is_ours(out):
-        raise NetsukeError(asked, "something else is there", "a new folder, or one that this wrote", "another name")
-    if not out.parent.is_dir():
-        raise NetsukeError(asked, "the parent folder does not exist", "a folder inside one that exists")
+    out = check_folder(out, asked, FACTS, FORMAT)
     view, facts = _view(model, name, weights, updating)
     files = {f"src/{name}.h": render("forecast.h.j2", **view), f"src/{name}.c": render("forecast.c.j2", **view)}
     files |= {f"src/{part}": (SOURCES / part).read_text() for part in CORE}
     files |= {f"test/{name}_test.c": render("test.c.j2", **view), "Makefile": render("Makefile.j2", **view)}
     files[FACTS] = json.dumps(facts, indent=1) + "\n"
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        for where, text in files.items():
-            (part / where).parent.mkdir(parents=True, exist_ok=True)
-            write_file(part / where, text.encode())
-        replace(part, out)
-        remove_stale(out)
-    except OSError as e:
-        raise NetsukeError(asked, e.strerror or str(e), "a folder that can be written to, with room left") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    write_texts(out, files, asked)
     return facts
 
 
@@ -165,13 +149,6 @@ def _view(model: MixLinear, name: str, weights: str, updating: bool) -> tuple[di
         facts["moments"] = 4 * (s.n * (s.n + 1) // 2 + s.n * s.m)
         facts["window_per_channel"] = 4 * s.window
     return view, facts
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and read_json(folder / FACTS).get("format") == FORMAT
-    except NetsukeError:
-        return False
 
 
 def run_on_board(
