@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from netsuke.apps.signals.ecg import evaluate, synthetic, wfdb
+from netsuke.apps.signals.ecg import device, evaluate, synthetic, wfdb
 from netsuke.apps.signals.ecg.conditioning import RATE, resample
 from netsuke.apps.signals.ecg.parameters import Value
 from netsuke.apps.signals.ecg.pipeline import Analysis, analyse
 from netsuke.apps.signals.ecg.record import of_array
 from netsuke.apps.signals.ecg.reference import Marked, fold_weights, ludb
 from netsuke.data.catalogue import find
+from netsuke.devices.board import missing_tools
 
 MITDB = "featuredb-ecg/wfdb-sample/100.hea"
 TOLERANCE = {
@@ -238,3 +240,50 @@ def hearts(quick: bool) -> Iterator[Row]:
                 truth = {"heart rate": rate, "PR": h.pr, "QRS": h.qrs, "QT": h.qt}
                 out.add(analyse(of_array(h.x, fs)), truth, f"{fs:g} Hz")
         yield out
+
+
+def unlike(python: Analysis, c: device.Report, ms: float) -> list[str]:
+    """Where the form in C differs from Python: a value by more than `ms` (RR: a thousandth of it), a grade, a reason."""
+    out = []
+    for name in device.VALUES:
+        a, b = python.values.get(name), c.values[name]
+        if a is None:  # RR without a beat: only C has a row for it
+            continue
+        if a.value is None or b.value is None or (a.quality, a.reason) != (b.quality, b.reason):
+            if (a.value is None, a.quality, a.reason) != (b.value is None, b.quality, b.reason):
+                out.append(f"{name} {a.value} {a.quality} {a.reason}, in C {b.value} {b.quality} {b.reason}")
+        elif not abs(float(a.value) - float(b.value)) <= ms / (1000 if name == "RR used" else 1):
+            out.append(f"{name} {a.value}, in C {b.value}")
+    if set(python.flags) != set(c.flags):
+        out.append(f"flags {sorted(python.flags)}, in C {sorted(c.flags)}")
+    return out
+
+
+def in_c(quick: bool, other: bool = False) -> dict[str, Any]:
+    """LUDB, leads I and II, in C on this computer beside Python; the first record on an emulated Cortex-M4F at 250 Hz.
+
+    `other`: the C is given the next person's lead.
+    """
+    host, exceptions, largest, spent = device.OnHost(500), [], 0.0, []
+    for lead in ("I", "II"):
+        rows = people(lead, quick)
+        for m, given in zip(rows, [*rows[1:], rows[0]] if other else rows):
+            x = np.asarray(given.x, np.float32)
+            start = time.process_time()
+            host.raw(x)
+            spent.append(1e3 * (time.process_time() - start))
+            python, c = analyse(of_array(m.x, m.fs, (lead,)), across=False), host(x)
+            if found := unlike(python, c, device.TOLERANCE):
+                exceptions.append(f"{m.name} {lead}: {found[0]}")
+            for k in ("PR", "QRS", "QT"):
+                if python.values[k].value is not None and c.values[k].value is not None:
+                    largest = max(largest, abs(float(python.values[k].value) - float(c.values[k].value)))
+    out = {"records": len(spent), "exceptions": exceptions, "largest_ms": largest, "native_ms": float(np.median(spent))}
+    if not missing_tools():
+        first = people("II", quick)[0]
+        for fs, x in ((250, resample(first.x, first.fs)), (500, first.x)):
+            run = device.on_board(x[None], fs)
+            out[f"board {fs}"] = {
+                "per_second": run.per_second, "ram": run.ram + run.stack, "flash": run.flash
+            }  # fmt: skip
+    return out

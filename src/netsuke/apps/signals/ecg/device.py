@@ -2,11 +2,12 @@
 
     src/ns_ecg*.c, .h       conditioning, R peaks, representative beat, network, intervals: as in this package, in float32
     src/ns_ecg_tables.*     filters, thresholds and weights, printed from this package
+    test/ecg_test.c         a known block: `make test`
     Makefile, ecg.json
 
 A block is 10 s of one lead at a fixed rate (100 to 1000 Hz, whole): samples are pushed one by one and resampled to 250 Hz
 as they come; when the block is full, all is computed at once, zero phase, with the edges that Python has. Latency is thus
-the block. The whole memory is one struct, no heap: 24 KB at 250 Hz, 29 KB at 500 Hz, where pacing spikes are looked for.
+the block. The whole memory is one struct, no heap: 23 KB at 250 Hz, 28 KB at 500 Hz, where pacing spikes are looked for.
 What Python does beyond a block (trend, variability, single beats' marks, shapes) is not in C.
 """
 
@@ -36,6 +37,7 @@ CORE = (
 TABLES = ("ns_ecg_tables.h", "ns_ecg_tables.c")
 FLAGS = ("-std=c99", "-O3", "-Wall", "-Wextra", "-ffp-contract=off")
 SECONDS = 10
+TOLERANCE = 2.0  # ms (for the rate: per minute) between C and Python
 RATES = range(100, 1001)  # Hz that samples may be pushed at
 SPIKE_RATE = 360  # Hz: quality.pacing_spikes
 GRADES = ("none", "poor", "fair", "good")
@@ -168,8 +170,19 @@ def sources(fs: int = conditioning.RATE, weights: str = "default") -> dict[str, 
     return out | {name: render(f"{name}.j2", **view) for name in TABLES}
 
 
+def self_test(fs: int, weights: str) -> str:
+    """A C program that holds a block and what Python finds in it."""
+    from netsuke.apps.signals.ecg.pipeline import intervals
+    from netsuke.apps.signals.ecg.synthetic import heart
+
+    counts = np.rint(1e3 * heart(seconds=SECONDS, fs=float(fs), rate=70, seed=0).x[: fs * SECONDS]).astype(np.int16)
+    got = intervals(counts * 1e-3, float(fs), weights=weights)
+    wanted = np.array([got[k].value for k in VALUES], dtype=np.float32)
+    return render("test.c.j2", seen=counts, wanted=wanted, seconds=SECONDS, tolerance=TOLERANCE)
+
+
 def write_c(folder: Path, fs: int = conditioning.RATE, weights: str = "default") -> dict[str, Any]:
-    """Writes src/, Makefile and ecg.json into `folder`, made if needed; returns ecg.json: rate, block, bytes of state.
+    """Writes src/, test/, Makefile and ecg.json into `folder`, made if needed; returns ecg.json: rate, block, bytes of state.
 
     Raises NetsukeError for what `sources` refuses and for a folder that cannot be written.
     """
@@ -179,12 +192,14 @@ def write_c(folder: Path, fs: int = conditioning.RATE, weights: str = "default")
     facts = {
         "format": "netsuke-ecg-c", "version": 1, "rate": int(fs), "seconds": SECONDS, "weights": weights,
         "values": list(VALUES), "flags": list(FLAG_NAMES), "reasons": list(REASONS),
-        "floats": 2 * conditioning.RATE * SECONDS + conditioning.PAD + beats.LENGTH, "spike bytes": spikes,
+        "floats": 2 * conditioning.RATE * SECONDS + conditioning.PAD, "spike bytes": spikes, "latency": SECONDS,
     }  # fmt: skip
     try:
         (folder / "src").mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / "src" / name).write_text(text)
+        (folder / "test").mkdir(exist_ok=True)
+        (folder / "test/ecg_test.c").write_text(self_test(int(fs), weights))
         (folder / "Makefile").write_text(render("Makefile.j2", parts=[p.removesuffix(".c") for p in parts]))
         (folder / "ecg.json").write_text(json.dumps(facts, indent=1) + "\n")
     except OSError as e:

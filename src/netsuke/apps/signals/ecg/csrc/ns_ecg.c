@@ -14,18 +14,18 @@ static int bits(uint32_t flags, uint32_t mask) { return (flags & mask) != 0; }
 /* Noise above the waves: median size of 45 Hz and more of the lead in `a`, by way of b */
 static float rumble(ns_ecg *e) {
   for (int i = 0; i < NS_ECG_N; i++) e->b[i] = e->a[i];
-  ns_ecg_zero_phase(e->b, NS_ECG_N, e->c, ns_ecg_rumble, sizeof ns_ecg_rumble / sizeof *ns_ecg_rumble);
+  ns_ecg_zero_phase(e->b, NS_ECG_N, e->side.c, ns_ecg_rumble, sizeof ns_ecg_rumble / sizeof *ns_ecg_rumble);
   for (int i = 0; i < NS_ECG_N; i++) e->b[i] = fabsf(e->b[i]);
   return ns_ecg_median(e->b, NS_ECG_N) / 0.6745f;
 }
 
 /* quality.of_beats */
-static uint32_t beat_flags(const ns_ecg *e, const ns_ecg_beats *b, float noise) {
-  float low = e->wave[90], high = low, rr[NS_ECG_BEATS], change[NS_ECG_BEATS];
+static uint32_t beat_flags(const float *wave, const ns_ecg_beats *b, float noise) {
+  float low = wave[90], high = low, rr[NS_ECG_BEATS], change[NS_ECG_BEATS];
   uint32_t flags = 0;
   for (int t = 90; t < 135; t++) {
-    low = fminf(low, e->wave[t]);
-    high = fmaxf(high, e->wave[t]);
+    low = fminf(low, wave[t]);
+    high = fmaxf(high, wave[t]);
   }
   const float height = high - low;
   if (!(height >= 0.1f && height <= 10.0f)) flags |= BIT(UNIT);
@@ -47,8 +47,9 @@ static uint32_t beat_flags(const ns_ecg *e, const ns_ecg_beats *b, float noise) 
   return b->count < 3 ? flags | BIT(SHORT) : flags;
 }
 
-/* delineate.judged: reasons per wave; marks of waves that are not believed become NaN. Overwrites c. */
+/* delineate.judged: reasons per wave; marks of waves that are not believed become NaN. */
 static void judge(ns_ecg *e, ns_ecg_report *r, int32_t *why) {
+  const float *wave = e->side.beat.wave;
   float *at = r->marks, limit = NS_ECG_P_SURE;
   if (bits(r->flags, BIT(IRREGULAR))) limit = fmaxf(limit, NS_ECG_P_SURE_IF_IRREGULAR);
   if (bits(r->flags, BIT(PACED))) limit = fmaxf(limit, NS_ECG_P_SURE_IF_PACED);
@@ -77,13 +78,13 @@ static void judge(ns_ecg *e, ns_ecg_report *r, int32_t *why) {
   float level = 0.0f, area = 0.0f; /* level at QRS onset, else the median */
   if (!why[QRS_WAVE]) {
     const int k = NS_ECG_BEFORE + (int)lrintf(at[NS_ECG_AT_QRS_ON]), from = k > 2 ? k - 2 : 0;
-    for (int t = from; t <= k; t++) level += e->wave[t] / (float)(k - from + 1);
+    for (int t = from; t <= k; t++) level += wave[t] / (float)(k - from + 1);
   } else {
-    for (int t = 0; t < NS_ECG_LENGTH; t++) e->c[t] = e->wave[t];
-    level = ns_ecg_median(e->c, NS_ECG_LENGTH);
+    for (int t = 0; t < NS_ECG_LENGTH; t++) e->side.beat.work[t] = wave[t];
+    level = ns_ecg_median(e->side.beat.work, NS_ECG_LENGTH);
   }
-  for (int t = NS_ECG_BEFORE - 20; t < NS_ECG_BEFORE + 20; t++) area += e->wave[t] - level;
-  if (e->wave[NS_ECG_BEFORE + (int)lrintf(at[NS_ECG_AT_P_PEAK])] < level && area < 0.0f) r->flags |= BIT(INVERTED);
+  for (int t = NS_ECG_BEFORE - 20; t < NS_ECG_BEFORE + 20; t++) area += wave[t] - level;
+  if (wave[NS_ECG_BEFORE + (int)lrintf(at[NS_ECG_AT_P_PEAK])] < level && area < 0.0f) r->flags |= BIT(INVERTED);
 }
 
 static int grade(float plus_minus, uint32_t flags) {
@@ -158,30 +159,30 @@ void ns_ecg_finish(ns_ecg *e, ns_ecg_report *r) {
     nothing(r, bits(r->flags, BIT(MISSING)) ? NS_ECG_IS_MISSING : NS_ECG_IS_FLAT);
     return;
   }
-  if (hum[0] > NS_ECG_HUM) ns_ecg_zero_phase(e->a, NS_ECG_N, e->c, ns_ecg_mains50, 1);
-  if (hum[1] > NS_ECG_HUM) ns_ecg_zero_phase(e->a, NS_ECG_N, e->c, ns_ecg_mains60, 1);
+  if (hum[0] > NS_ECG_HUM) ns_ecg_zero_phase(e->a, NS_ECG_N, e->side.c, ns_ecg_mains50, 1);
+  if (hum[1] > NS_ECG_HUM) ns_ecg_zero_phase(e->a, NS_ECG_N, e->side.c, ns_ecg_mains60, 1);
   const float noise = rumble(e);
   for (int i = 0; i < NS_ECG_N; i++) e->b[i] = e->a[i];
-  ns_ecg_zero_phase(e->b, NS_ECG_N, e->c, ns_ecg_band, sizeof ns_ecg_band / sizeof *ns_ecg_band);
-  b.count = ns_ecg_detect(e->b, e->a, e->c, b.peaks);
+  ns_ecg_zero_phase(e->b, NS_ECG_N, e->side.c, ns_ecg_band, sizeof ns_ecg_band / sizeof *ns_ecg_band);
+  b.count = ns_ecg_detect(e->b, e->a, e->side.c, b.peaks);
   for (int k = 0; k < b.count; k++) { /* a top before the block's first or behind its last sample is not the block's */
     r->r[r->peaks] = ns_ecg_refined(e->b, b.peaks[k]);
     if (r->r[r->peaks] >= 0.0f && r->r[r->peaks] < (float)NS_ECG_N) r->peaks++;
   }
-  if (b.count < 2 || !ns_ecg_representative(e->b, &b, e->wave, e->c)) {
+  if (b.count < 2 || !ns_ecg_representative(e->b, &b, e->side.beat.wave, e->side.beat.work)) {
     nothing(r, b.count < 3 ? NS_ECG_IS_SHORT : NS_ECG_IS_NOISE_ONLY);
     return;
   }
   r->rr = b.rr;
   r->used = b.members;
   r->noise = b.noise;
-  r->flags |= beat_flags(e, &b, noise);
+  r->flags |= beat_flags(e->side.beat.wave, &b, noise);
   if (bits(r->flags, BIT(NOISE_ONLY) | BIT(SHORT))) {
     nothing(r, bits(r->flags, BIT(NOISE_ONLY)) ? NS_ECG_IS_NOISE_ONLY : NS_ECG_IS_SHORT);
     return;
   }
   if (ns_ecg_paced(e, b.peaks, b.count)) r->flags |= BIT(PACED);
-  r->p_present = ns_ecg_mark(e->wave, (float)NS_ECG_RATE * b.rr, e->a, e->b, r->marks, r->spread);
+  r->p_present = ns_ecg_mark(e->side.beat.wave, (float)NS_ECG_RATE * b.rr, e->a, e->b, r->marks, r->spread);
   int32_t why[WAVES];
   judge(e, r, why);
   intervals(r, why);

@@ -55,8 +55,13 @@ typedef struct {
 } ns_ecg_input;
 
 typedef struct {
-  float a[NS_ECG_N], b[NS_ECG_N], c[NS_ECG_PAD];
-  float wave[NS_ECG_LENGTH];
+  float a[NS_ECG_N], b[NS_ECG_N];
+  union {
+    float c[NS_ECG_PAD]; /* edges of a block while it is filtered, later the representative beat and room to sort */
+    struct {
+      float wave[NS_ECG_LENGTH], work[NS_ECG_LENGTH];
+    } beat;
+  } side;
   ns_ecg_input in;
 #if NS_ECG_SPIKES
   uint8_t spikes[NS_ECG_SPIKES];

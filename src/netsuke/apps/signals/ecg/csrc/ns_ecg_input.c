@@ -70,7 +70,8 @@ static void spike(ns_ecg *e, float x) {
 int ns_ecg_paced(ns_ecg *e, const int32_t *peaks, int count) {
   const float fs = NS_ECG_FS;
   if (count < 3) return 0;
-  uint32_t histogram[256] = {0}, below = 0;
+  uint16_t histogram[256] = {0};
+  uint32_t below = 0;
   for (int i = 0; i < NS_ECG_INPUT; i++) histogram[e->spikes[i]]++;
   int middle = 0, found = 0;
   while ((below += histogram[middle]) <= NS_ECG_INPUT / 2) middle++;
