@@ -1,4 +1,4 @@
-"""`netsuke ecg report|evaluate|stream`: a heart read by one lead."""
+"""`netsuke ecg report|evaluate|stream|export`: a heart read by one lead."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     ecg.command("report", help="Everything about one lead of a record: text, JSON, a page or a sheet.")(report)
     ecg.command("evaluate", help="Agreement with the marks in a folder of WFDB records, or with LUDB.")(evaluate)
     ecg.command("stream", help="Block by block from standard input, one sample per line.")(stream)
+    ecg.command("export", help="The pipeline as C99 for a wearable: no malloc, 28 KB of RAM at 250 Hz.")(export)
     app.add_typer(ecg, name="ecg")
 
 
@@ -109,6 +110,35 @@ def stream(
         raise NetsukeError("read the stream", "nothing says how many samples there are per second", "", "--rate 250")
     for got in blocks(sys.stdin, rate, seconds=seconds, unit=unit, column=column, method=method):
         print(json.dumps(got, ensure_ascii=False) if as_json else stream_line(got), flush=True)
+
+
+def export(
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    rate: Annotated[int, typer.Option(help="samples per second of the device's converter, 100 to 1000")] = 250,
+    emulate: Annotated[str | None, typer.Option(help="also run a made heart on an emulated board, m4 or m7")] = None,
+    as_json: Json = False,
+) -> None:
+    from netsuke.apps.signals.ecg import device
+
+    got = device.write_c(out, rate)
+    if emulate is not None:
+        from netsuke.apps.signals.ecg.synthetic import heart
+
+        run = device.on_board(heart(seconds=device.SECONDS, fs=float(rate)).x[None], rate, emulate)
+        got |= {
+            "core": emulate, "instructions_per_second": int(run.instructions.mean() / device.SECONDS), "flash": run.flash,
+            "ram": run.ram, "stack": run.stack,
+            "report": {name: value.value for name, value in run.reports[0].values.items()},
+        }  # fmt: skip
+    if as_json:
+        print(json.dumps(got, ensure_ascii=False))
+        return
+    print(f"{out}: the pipeline for {rate} samples a second; `make -C {out} test` runs its self-test")
+    if emulate is not None:
+        print(
+            f"{emulate}: {got['instructions_per_second']:,} instructions per second of signal, {got['flash']:,} bytes of flash, "
+            f"{got['ram'] + got['stack']:,} of RAM with the stack"
+        )
 
 
 def stream_line(got: dict[str, Any]) -> str:

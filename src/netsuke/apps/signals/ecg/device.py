@@ -28,8 +28,10 @@ import numpy as np
 from netsuke.apps.signals.ecg import beats, conditioning, delineate, network, parameters, quality, rpeaks
 from netsuke.apps.signals.ecg.parameters import Value
 from netsuke.errors import NetsukeError
+from netsuke.models.artifact import check_folder, write_texts
 
 SOURCES = Path(__file__).parent / "csrc"
+FORMAT, FACTS = "netsuke-ecg-c", "ecg.json"
 CORE = (
     "ns_ecg.h", "ns_ecg_parts.h", "ns_ecg.c", "ns_ecg_filter.c", "ns_ecg_input.c", "ns_ecg_rpeaks.c", "ns_ecg_beats.c",
     "ns_ecg_network.c",
@@ -182,30 +184,25 @@ def self_test(fs: int, weights: str) -> str:
 
 
 def write_c(folder: Path, fs: int = conditioning.RATE, weights: str = "default") -> dict[str, Any]:
-    """Writes src/, test/, Makefile and ecg.json into `folder`, made if needed; returns ecg.json: rate, block, bytes of state.
+    """Writes the folder: src/, test/, Makefile, ecg.json; returns what ecg.json says: rate, block, bytes of state.
 
-    Raises NetsukeError for what `sources` refuses and for a folder that cannot be written.
+    The folder is complete or not there; one written before is replaced. Raises NetsukeError for what `sources` refuses,
+    for anything else at its place and for a parent that cannot be written to.
     """
+    asked = f"write the C to {folder.name}"
+    folder = check_folder(folder, asked, FACTS, FORMAT)
     texts = sources(fs, weights)
     parts = sorted(name for name in texts if name.endswith(".c"))
     spikes = fs * SECONDS if fs >= SPIKE_RATE else 0
     facts = {
-        "format": "netsuke-ecg-c", "version": 1, "rate": int(fs), "seconds": SECONDS, "weights": weights,
+        "format": FORMAT, "version": 1, "rate": int(fs), "seconds": SECONDS, "weights": weights,
         "values": list(VALUES), "flags": list(FLAG_NAMES), "reasons": list(REASONS),
         "floats": 2 * conditioning.RATE * SECONDS + conditioning.PAD, "spike bytes": spikes, "latency": SECONDS,
     }  # fmt: skip
-    try:
-        (folder / "src").mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (folder / "src" / name).write_text(text)
-        (folder / "test").mkdir(exist_ok=True)
-        (folder / "test/ecg_test.c").write_text(self_test(int(fs), weights))
-        (folder / "Makefile").write_text(render("Makefile.j2", parts=[p.removesuffix(".c") for p in parts]))
-        (folder / "ecg.json").write_text(json.dumps(facts, indent=1) + "\n")
-    except OSError as e:
-        raise NetsukeError(
-            f"write the C to {folder.name}", e.strerror or str(e), "a folder that can be written to"
-        ) from e
+    files = {f"src/{name}": text for name, text in texts.items()}
+    files |= {"test/ecg_test.c": self_test(int(fs), weights), FACTS: json.dumps(facts, indent=1) + "\n"}
+    files["Makefile"] = render("Makefile.j2", parts=[p.removesuffix(".c") for p in parts])
+    write_texts(folder, files, asked)
     return facts
 
 
@@ -223,7 +220,7 @@ class OnHost:
             raise NetsukeError(asked, "there is no C compiler", "cc or gcc", "sudo apt-get install gcc")
         self.samples = int(fs) * SECONDS
         self._folder = tempfile.TemporaryDirectory(prefix="netsuke-ecg-")
-        here = Path(self._folder.name)
+        here = Path(self._folder.name) / "ecg"
         write_c(here, fs, weights)
         built = subprocess.run(
             [cc, *FLAGS, *optimise, "-fPIC", "-shared", *map(str, (here / "src").glob("*.c")), "-lm", "-o", here / "ecg.so"],
@@ -271,7 +268,7 @@ def on_board(
 
     machine = board.EmulatedBoard.load(core, flash, ram)
     with tempfile.TemporaryDirectory(prefix="netsuke-ecg-") as folder:
-        here = Path(folder)
+        here = Path(folder) / "ecg"
         write_c(here, fs, weights)
         firmware = machine.build(
             [*sorted((here / "src").glob("*.c")), SOURCES / "board_main.c"], here / "out", include=[here / "src"],
