@@ -46,6 +46,11 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/sparse.py --json
 	$(BIN)/netsuke bench lm -o benchmarks/results/lm.json
 	$(BIN)/python benchmarks/serve_load.py --json
+	$(BIN)/python benchmarks/instructions.py
+	$(BIN)/python benchmarks/litert.py --json
+	$(BIN)/python benchmarks/control.py
+	$(BIN)/python benchmarks/forecast.py --json
+	$(BIN)/python benchmarks/ecg.py --json
 
 # The generated parts of README.md and docs/; docs/demo.txt is what `make demo` printed
 pages: .venv/ready
