@@ -135,6 +135,40 @@ def test_fit_within_less_ram_narrows_what_is_live_at_the_peak(place, monkeypatch
     assert plan["ram"]["total"] == got["after"]["peak_ram"]
 
 
+def test_a_loss_alone_asks_for_the_least_flash_within_it(place, monkeypatch, capsys):
+    sizes = []
+    for allowed in ("0.1%", "25%"):
+        got = answer(
+            monkeypatch, capsys, "fit", place / "net.netsuke", "--device", "nrf52840", "--max-loss", allowed,
+            "--data", place / "data.npz", "-o", place / "least",
+        )  # fmt: skip
+        quality = [got[x]["quality"]["validation"] for x in ("before", "after")]
+        assert 1 - quality[1] / quality[0] <= float(allowed[:-1]) / 100
+        sizes.append(got["after"]["bytes"])
+    assert sizes[1] < sizes[0] <= got["before"]["bytes"]
+
+
+def test_fit_takes_a_smaller_picture_where_time_is_short(place, monkeypatch, capsys):
+    from PIL import Image
+
+    graph = residual_network(side=64)
+    save_graph(place / "big.netsuke", graph, {}, {})
+    x = images(80, 64, seed=5)
+    for k, (row, y) in enumerate(zip(x, Interpreter(graph).run(x)[0].argmax(1))):
+        folder = place / "photos" / "abcd"[y]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((row.astype(int) + 128).astype(np.uint8)).save(folder / f"{k}.png")
+    for name in "abcd":
+        (place / "photos" / name).mkdir(exist_ok=True)
+    before = answer(monkeypatch, capsys, "plan", place / "big.netsuke", "--device", "nrf52840")["latency"]["seconds"]
+    got = answer(
+        monkeypatch, capsys, "fit", place / "big.netsuke", "--device", "nrf52840", "--latency", f"{before * 330:.3f}ms",
+        "--data", place / "photos", "-o", place / "quick",
+    )  # fmt: skip
+    assert got["after"]["latency"]["per_run"] <= before * 0.331 and got["side"] < 64
+    assert load_graph(place / "quick.netsuke").tensors[0].shape == (1, got["side"], got["side"], 3)
+
+
 def test_fit_into_nothing_says_which_limit_binds(place, monkeypatch, capsys):
     code, _, err = netsuke(
         monkeypatch, capsys, "fit", place / "net.netsuke", "--device", "nrf52840", "--storage", "100B",

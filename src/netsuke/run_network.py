@@ -69,7 +69,7 @@ def _emulated(folder: Path, inputs: list[str], board: str, out: str | None) -> d
 
     from netsuke.export.c import facts_of, write_c
     from netsuke.export.c.emulate import run_emulated
-    from netsuke.graph.inputs import from_array, read_input
+    from netsuke.graph.inputs import from_file, read_input
     from netsuke.graph.read import is_graph, load_graph
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -85,7 +85,7 @@ def _emulated(folder: Path, inputs: list[str], board: str, out: str | None) -> d
             if graph is not None:
                 rows.append(read_input(path, graph))
             else:
-                rows.append(from_array(np.load(path, allow_pickle=False), tensor, f"read the input {path}"))
+                rows.append(from_file(Path(path), tensor))
         got = run_emulated(folder, board, [np.concatenate(rows)] if rows else None)
     answers: dict[str, Any] = {}
     if rows:

@@ -39,17 +39,17 @@ def _layer(
     real = QGraph("probe", probe.tensors, probe.ops, g.inputs, (out,))
     for scale in 2.0 ** np.arange(-10, 4, 0.25):  # the smallest scale at which under 8 % are clipped above
         probe.tensors[out].scale = np.float64(scale)
-        if np.mean(Interpreter(real).run(images(4, seed=9))[0] == 127) < 0.08:
+        if np.mean(Interpreter(real).run(images(4, g.tensors[g.inputs[0]].shape[1], seed=9))[0] == 127) < 0.08:
             break
     y.scale = np.float64(scale)
     return out
 
 
-def residual_network(classes: int = 4, seed: int = 0) -> QGraph:
+def residual_network(classes: int = 4, seed: int = 0, side: int = 12) -> QGraph:
     """Nine layers with numbers 0 to 8 and a head; layers 4, 5, 6 lie under a residual addition."""
     rng = np.random.default_rng(seed)
     g = QGraph("small")
-    x = g.add(Tensor("image", (1, 12, 12, 3), "int8", np.float64(2 / 255), 0))
+    x = g.add(Tensor("image", (1, side, side, 3), "int8", np.float64(2 / 255), 0))
     g.inputs = (x,)
     x = _layer(g, x, rng, "first", 8, 3, 2, relu=True)
     x = _layer(g, x, rng, "a.pw1", 16, 1, relu=True)

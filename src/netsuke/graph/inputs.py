@@ -32,19 +32,26 @@ def read_input(path: str | Path, graph: QGraph, index: int = 0) -> np.ndarray:
     asked = f"read the input {path.name}"
     if not path.is_file():
         raise NetsukeError(asked, "there is no such file", f".npy or a picture ({', '.join(PICTURES)})")
-    if path.stat().st_size > LARGEST:
-        raise NetsukeError(asked, f"{path.stat().st_size} bytes", f"at most {LARGEST}")
     if path.suffix.lower() == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as e:
-            raise NetsukeError(asked, f"not a readable .npy file ({str(e)[:80]})", "np.save of numbers") from None
-        return from_array(array, tensor, asked)
+        return from_file(path, tensor)
     if path.suffix.lower() in PICTURES:
         return picture(path, tensor, graph.meta, asked)
     raise NetsukeError(
         asked, f"a file of unknown kind ({path.suffix or 'no suffix'})", f".npy or a picture ({', '.join(PICTURES)})"
     )
+
+
+def from_file(path: Path, tensor: Tensor) -> np.ndarray:
+    """Rows (n, …) of the tensor's type from an .npy file."""
+    asked = f"read the input {path.name}"
+    try:
+        with reading(path):
+            if path.stat().st_size > LARGEST:
+                raise NetsukeError(asked, f"{path.stat().st_size} bytes", f"at most {LARGEST}")
+            array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as e:
+        raise NetsukeError(asked, f"not a readable .npy file ({str(e)[:80]})", "np.save of numbers") from None
+    return from_array(array, tensor, asked)
 
 
 def from_array(array: np.ndarray, tensor: Tensor, asked: str) -> np.ndarray:
@@ -69,16 +76,26 @@ def from_array(array: np.ndarray, tensor: Tensor, asked: str) -> np.ndarray:
 
 def picture(path: Path, tensor: Tensor, meta: dict[str, Any], asked: str) -> np.ndarray:
     """A picture file as one row for an input (1, H, W, C) or (1, C, H, W)."""
-    shape = tensor.shape
-    if len(shape) != 4:
-        raise NetsukeError(asked, f"the network takes the shape {shape}, no picture", "an .npy file of that shape")
-    first = shape[3] not in (1, 3) and shape[1] in (1, 3)
-    height, width, channels = (shape[2], shape[3], shape[1]) if first else shape[1:]
-    if channels not in (1, 3):
-        raise NetsukeError(asked, f"the network takes {channels} channels", "1 or 3", "an .npy file")
+    height, width, channels = picture_size(tensor, asked)
     with reading(path):
+        if path.stat().st_size > LARGEST:
+            raise NetsukeError(asked, f"{path.stat().st_size} bytes", f"at most {LARGEST}")
         pixels = square(path.read_bytes(), (height, width), channels, asked)
     return pixels_to_codes(pixels[None], tensor, meta, asked)
+
+
+def picture_size(tensor: Tensor, asked: str) -> tuple[int, int, int]:
+    """(H, W, C) of an input (1, H, W, C) or (1, C, H, W). Raises NetsukeError for one that takes no picture."""
+    shape = tensor.shape
+    if len(shape) != 4:
+        raise NetsukeError(
+            asked, f"the network takes the shape {shape}, no picture", "an .npy or .npz file of that shape"
+        )
+    first = shape[3] not in (1, 3) and shape[1] in (1, 3)
+    size = (shape[2], shape[3], shape[1]) if first else shape[1:]
+    if size[2] not in (1, 3):
+        raise NetsukeError(asked, f"the network takes {size[2]} channels", "1 or 3", "an .npy or .npz file")
+    return size
 
 
 def square(data: bytes, size: tuple[int, int], channels: int, asked: str) -> np.ndarray:

@@ -18,10 +18,10 @@ SAME = ("lut", "unary", "softmax", "quantize", "dequantize")
 def at_resolution(graph: QGraph, height: int, width: int) -> QGraph:
     """`graph` for inputs (1, height, width, C). Raises NetsukeError that names the operator that needs the old size."""
     g = graph.copy()
+    asked, shapes = f"run {graph.name} on {height} x {width} pixels", [g.tensors[i].shape for i in g.inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise NetsukeError(asked, f"its inputs have the shapes {shapes}", "one input (1, H, W, C)")
     x = g.tensors[g.inputs[0]]
-    asked = f"run {graph.name} on {height} x {width} pixels"
-    if len(g.inputs) != 1 or len(x.shape) != 4:
-        raise NetsukeError(asked, f"its input has the shape {x.shape}", "one input (1, H, W, C)")
     g.tensors[g.inputs[0]] = replace(x, shape=(1, height, width, x.shape[3]))
     for op in g.ops:
         shape = _shape(graph, g, op)

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from netsuke.errors import NetsukeError
-from netsuke.graph.inputs import from_array, pixels_to_codes
+from netsuke.graph.inputs import from_array, picture_size, pixels_to_codes
 from netsuke.graph.ir import QGraph, Tensor
 from netsuke.tasks.base import Split
+from netsuke.tasks.images import Images, read_images
 
 SMALLEST = 40  # samples: ten to score with
 Run = Callable[[np.ndarray], np.ndarray]  # codes (n, …) -> output codes (n, …)
@@ -53,16 +54,10 @@ class NetworkTask:
         rows = self.parts[split][:limit]
         if not self.pictures:
             return from_array(self.x[rows], tensor, f"read {self.source.name}")
-        size = tuple(tensor.shape[1:3])
-        if size not in self._cache:
-            from netsuke.tasks.images import read_images
-
-            if size[0] != size[1]:
-                raise NetsukeError(
-                    f"read {self.source.name}", f"the network wants {size[0]} x {size[1]} pixels", "square pictures"
-                )
-            self._cache[size] = read_images(self.source, size[0]).codes
-        return pixels_to_codes(self._cache[size][rows].astype(np.int16) + 128, tensor, self.graph.meta)
+        height, width, channels = picture_size(tensor, f"read {self.source.name}")
+        if (height, channels) not in self._cache:
+            self._cache[height, channels] = _pictures(self.source, height, width, channels)[0]
+        return pixels_to_codes(self._cache[height, channels][rows], tensor, self.graph.meta)
 
     def labels(self, split: Split, limit: int | None = None) -> np.ndarray | None:
         return None if self.answers is None else self.answers[self.parts[split][:limit]]
@@ -118,17 +113,23 @@ def network_task(path: str | Path, graph: QGraph, own_classes: bool = False) -> 
                 asked, f"y goes from {y.min()} to {y.max()}", f"classes 0 to {outputs - 1}, which the network has"
             )
         return NetworkTask(path, graph, False, x, y, _cut(digests, asked))
-    from netsuke.tasks.images import read_images
-
-    side = graph.tensors[graph.inputs[0]].shape
-    if len(side) != 4:
-        raise NetsukeError(asked, f"the network takes {side}, no pictures", "an .npz with x and y")
-    images = read_images(path, side[1])
+    height, width, channels = picture_size(graph.tensors[graph.inputs[0]], asked)
+    pixels, images = _pictures(path, height, width, channels)
     digests = [hashlib.sha256(row.tobytes()).digest() for row in images.codes]
     answers = images.labels if own_classes else _matching(images.labels, images.classes, graph)
-    return NetworkTask(
-        path, graph, True, None, answers, _cut(digests, asked), images.classes, {(side[1], side[2]): images.codes}
-    )
+    parts, kept = _cut(digests, asked), {(height, channels): pixels}
+    return NetworkTask(path, graph, True, None, answers, parts, images.classes, kept)
+
+
+def _pictures(path: Path, height: int, width: int, channels: int) -> tuple[np.ndarray, Images]:
+    """(pixels (n, H, W, C) 0…255, the set they came from); grey is Rec. 601's weighting, as Pillow's."""
+    if height != width:
+        raise NetsukeError(f"read {path.name}", f"the network wants {height} x {width} pixels", "square pictures")
+    images = read_images(path, height)
+    pixels = images.codes.astype(np.int16) + 128
+    if channels == 1:
+        pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114]))[..., None].astype(np.int16)
+    return pixels, images
 
 
 def _matching(labels: np.ndarray, classes: tuple[str, ...], graph: QGraph) -> np.ndarray | None:
