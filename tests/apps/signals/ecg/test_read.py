@@ -120,12 +120,24 @@ def saved(array, **more):
     return make
 
 
+def damaged(tmp_path):
+    """A compressed array with its bytes turned over, so that inflating fails."""
+    np.savez_compressed(tmp_path / "r.npz", signal=np.zeros(5000), fs=250)
+    data = bytearray((tmp_path / "r.npz").read_bytes())
+    data[60:90] = bytes(255 - b for b in data[60:90])
+    (tmp_path / "r.npz").write_bytes(data)
+    return tmp_path / "r.npz"
+
+
 SINE = np.sin(np.arange(2000) / 9)
 BAD = {
     "no such file": (lambda p: p / "absent.hea", "no such file"),
     "unknown ending": (written("r.wav", b"RIFF"), "unknown"),
     "empty header": (written("r.hea", ""), "first line"),
     "header without a rate": (lambda p: good_header(p, rate=""), "rate"),
+    "header with two points in its rate": (lambda p: good_header(p, rate=" 1.2.3 900"), "1.2.3"),
+    "header with a superscript": (written("r.hea", "r \u00b2 250 900\n"), "first line"),
+    "a zero with two signs": (lambda p: good_header(p, gain="200(+-3)/mV"), "not calibrated"),
     "header with a rate of 1 Hz": (lambda p: good_header(p, rate=" 1 900"), "1.0 samples per second"),
     "several segments": (written("r.hea", "r/3 2 250 900\n"), "several segments"),
     "another format": (lambda p: good_header(p, format=" 80 "), "format 80"),
@@ -149,6 +161,10 @@ BAD = {
     "text without a rate": (written("r.txt", "1\n2\n3\n"), "per second"),
     "not JSON": (written("r.json", "{"), "not JSON"),
     "JSON without samples": (written("r.json", '{"fs": 250}'), "neither leads nor samples"),
+    "a number for a unit": (written("r.json", '{"fs": 250, "unit": 5, "samples": [1, 2, 3]}'), "'5'"),
+    "a sample beyond floats": (written("r.json", '{"fs": 250, "samples": [1' + 400 * "0" + "]}"), "not numbers"),
+    "no zip within": (written("r.npz", b"PK\x03\x04garbage"), "read r.npz"),
+    "a damaged array": (damaged, "read r.npz"),
     "leads of two lengths": (written("r.json", '{"fs": 250, "leads": {"I": [1, 2], "II": [1]}}'), "2, 1 samples"),
 }
 

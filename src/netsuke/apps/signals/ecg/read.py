@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ ENDINGS = (".hea", ".dat", ".edf", ".npy", ".npz", ".csv", ".txt", ".tsv", ".jso
 TIME = ("time", "t", "seconds", "sec", "s", "time_s", "timestamp")
 RATE_KEYS = ("fs", "rate", "sampling_rate", "samplingRate", "sampleRate", "samplingFrequency", "frequency")
 LARGEST_TEXT = 2_000_000_000
+UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # what NumPy raises for a damaged file
 
 
 def read(path: str | Path, *, rate: float | None = None, unit: str | None = None) -> Record:
@@ -53,10 +56,8 @@ def read_numpy(path: Path, rate: float | None, unit: str | None) -> Record:
     ask = f"read {path.name}"
     try:
         got = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise NetsukeError(
-            ask, str(e).splitlines()[0] or "it is no NumPy file", "numbers saved by numpy.save"
-        ) from None
+    except UNREADABLE as e:
+        raise NetsukeError(ask, first_line(e), "numbers saved by numpy.save") from None
     if isinstance(got, np.ndarray):
         return of_array(got, rate, unit=unit or "mV", name=path.name)
     try:
@@ -69,8 +70,13 @@ def read_numpy(path: Path, rate: float | None, unit: str | None) -> Record:
             leads = tuple(str(n) for n in got["leads"]) if "leads" in names else ()
             said = str(got["unit"]) if "unit" in names else "mV"
             return of_array(got[wide[0]], rate or fs, leads, unit or said, path.name)
-    except (ValueError, OSError, TypeError) as e:
-        raise NetsukeError(ask, str(e).splitlines()[0], "plain arrays") from None
+    except (*UNREADABLE, TypeError) as e:
+        raise NetsukeError(ask, first_line(e), "plain arrays") from None
+
+
+def first_line(e: BaseException) -> str:
+    """What NumPy, zipfile or zlib say about a damaged file, where they say anything."""
+    return (str(e).splitlines() or ["the file is damaged"])[0]
 
 
 def read_json(path: Path, rate: float | None, unit: str | None) -> Record:
@@ -86,7 +92,7 @@ def read_json(path: Path, rate: float | None, unit: str | None) -> Record:
     if not isinstance(leads, dict) or not all(isinstance(v, list) for v in leads.values()):
         raise NetsukeError(ask, "it has neither leads nor samples", '{"fs": 250, "samples": [...]}')
     return of_array(
-        rows_of(list(leads.values()), ask), rate or fs, tuple(leads), unit or got.get("unit", "mV"), path.name
+        rows_of(list(leads.values()), ask), rate or fs, tuple(leads), unit or str(got.get("unit", "mV")), path.name
     )
 
 
@@ -98,7 +104,7 @@ def rows_of(columns: list[list[Any]], ask: str) -> np.ndarray:
         )
     try:
         return np.array([[np.nan if v is None else float(v) for v in c] for c in columns])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise NetsukeError(ask, "some samples are not numbers", "numbers and null") from None
 
 

@@ -22,6 +22,7 @@ BEATS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25, 30, 31, 34, 35
 OPEN, CLOSE, P, QRS, T = 39, 40, 24, 1, 27  # the kinds "(", ")", "p", "N", "t" of delineation files
 SKIP, NUM, SUB, CHN, AUX = 59, 60, 61, 62, 63
 MOST_LEADS, LONGEST_HEADER = 64, 100_000
+COUNT = r"[0-9]{1,15}"  # a number of leads or samples
 MISSING = {"16": -(1 << 15), "212": -(1 << 11)}
 
 
@@ -60,17 +61,17 @@ def read_header(path: Path) -> tuple[float, int | None, list[Signal], list[str]]
     comments = [line.lstrip("# ").strip() for line in lines if line.startswith("#")]
     lines = [line for line in lines if not line.startswith("#")]
     first = lines[0].split() if lines else []
-    if len(first) < 2 or not first[1].isdigit():
+    if len(first) < 2 or not re.fullmatch(COUNT, first[1]):
         raise NetsukeError(ask, "its first line is not 'name leads rate length'", "a WFDB header")
     if "/" in first[0]:
         raise NetsukeError(ask, "the record has several segments", "records in one piece")
     if len(first) < 3:
         raise NetsukeError(ask, "it names no rate (250 samples per second would be WFDB's guess)", "a rate", "--rate")
-    rate = re.match(r"[0-9.]+", first[2])
+    rate = re.match(r"\d+(\.\d*)?(?=[/(]|$)", first[2])
     count = int(first[1])
     if not rate or not 1 <= count <= MOST_LEADS or len(lines) < 1 + count:
         raise NetsukeError(ask, f"{count} leads at rate {first[2]!r} in {len(lines)} lines", f"1 to {MOST_LEADS} leads")
-    length = int(first[3]) if len(first) > 3 and first[3].isdigit() and int(first[3]) else None
+    length = int(first[3]) if len(first) > 3 and re.fullmatch(COUNT, first[3]) and int(first[3]) else None
     return float(rate.group()), length, [_signal(line, ask) for line in lines[1 : 1 + count]], comments
 
 
@@ -82,12 +83,12 @@ def _signal(line: str, ask: str) -> Signal:
         raise NetsukeError(ask, f"{part[0]} has the format {part[1]}", "the formats 16 and 212, one sample per frame")
     if Path(part[0]).name != part[0] or part[0] in ("-", "~"):
         raise NetsukeError(ask, f"the signal file {part[0]!r} is not beside its header", "a plain file name")
-    got = re.fullmatch(r"([-+0-9.eE]+)(?:\(([-+0-9]+)\))?(?:/(\S+))?", part[2]) if len(part) > 2 else None
+    got = re.fullmatch(r"([-+0-9.eE]+)(?:\(([-+]?[0-9]{1,9})\))?(?:/(\S+))?", part[2]) if len(part) > 2 else None
     try:
         gain = float(got.group(1)) if got else 0.0
     except ValueError:
         gain = 0.0
-    zero = part[4] if len(part) > 4 and re.fullmatch(r"-?\d+", part[4]) else "0"
+    zero = part[4] if len(part) > 4 and re.fullmatch(r"-?[0-9]{1,9}", part[4]) else "0"
     if not 0 < gain < 1e9:
         raise NetsukeError(
             ask, f"{part[0]} is not calibrated (gain {part[2] if len(part) > 2 else 'absent'})", "counts per millivolt",
