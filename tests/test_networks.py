@@ -99,6 +99,11 @@ def test_plan_of_training(place, monkeypatch, capsys):
         and step["variables"] > 0
         and step["total"] == step["arena"] + step["variables"] + step["stack"]
     )
+    _, text, _ = netsuke(
+        monkeypatch, capsys, "plan", place / "net.netsuke", "--device", "nrf52840", "--train", place / "plan.json"
+    )
+    text = " ".join(text.split())  # a terminal's width wraps it
+    assert "of a training step" in text and f"{step['total']:,} bytes of RAM" in text
 
 
 def test_fit_meets_a_budget_and_proves_it(place, monkeypatch, capsys):
@@ -269,6 +274,7 @@ def wrong(place: Path) -> dict[str, tuple[list, str]]:
     np.save(place / "shape.npy", np.zeros((1, 5, 5, 3), np.int8))
     np.save(place / "wide.npy", np.zeros((1, 12, 12, 3), np.int64))
     np.save(place / "nan.npy", np.full((1, 12, 12, 3), np.nan, np.float32))
+    np.save(place / "nan4.npy", np.full((1, 4), np.nan, np.float32))
     (place / "text.npy").write_text("no array")
     (place / "text.png").write_text("no picture")
     np.savez(place / "few.npz", x=images(8), y=np.zeros(8, int))
@@ -307,6 +313,11 @@ def wrong(place: Path) -> dict[str, tuple[list, str]]:
         "fit with unequal data": ([*fit, "--data", place / "length.npz"], "79"),
         "fit without x": ([*fit, "--data", place / "nox.npz"], "x"),
         "fit with an empty archive": ([*fit, "--data", place / "empty.zip"], "none"),
+        "fit for an energy without clock": (
+            ["fit", net, "--device", "pi4", "--energy", "1nJ", "--data", data, "-o", place / "nothing"], "clock",
+        ),
+        "nan into a float network": (["run", place / "float.netsuke", "--input", place / "nan4.npy"], "NaN"),
+        "reference on a board": (["run", net, "--emulate", "m4", "--backend", "reference"], "reference"),
         "fit for a device without clock": (
             ["fit", net, "--device", "pi4", "--latency", "5ms", "--data", data, "-o", place / "nothing"], "clock",
         ),
@@ -324,6 +335,7 @@ def wrong(place: Path) -> dict[str, tuple[list, str]]:
 
 
 MISTAKES = (
+    "fit for an energy without clock", "nan into a float network", "reference on a board",
     "no such model", "no input", "absent input", "shape", "type", "nan", "no array", "no picture", "backend",
     "text to a network", "board", "fit without data", "fit with few data", "fit with other classes", "fit with unequal data",
     "fit without x", "fit with an empty archive", "fit for a device without clock", "train elsewhere", "train a float network",

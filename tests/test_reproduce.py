@@ -147,5 +147,12 @@ def test_one_claim_is_measured_again_and_the_rest_stays(system, tmp_path):
     assert [row["measured"] for row in got["claims"]] == ["1", "2"]
     assert json.loads((tmp_path / "modegpt.json").read_text()) == got
     assert "run" in got["claims"][1] and "run" not in got["claims"][0]
+    kept = json.loads((tmp_path / "modegpt.json").read_text()) | {"run": {"commit": "old"}}
+    (tmp_path / "modegpt.json").write_text(json.dumps(kept))
+    assert reproduce("modegpt", results=tmp_path, only="second")["run"] == {"commit": "old"}, (
+        "what stays keeps its stamp"
+    )
+    with pytest.raises(NetsukeError, match="is not there"):
+        reproduce("modegpt", results=tmp_path / "empty", only="second")
     with pytest.raises(NetsukeError, match="no claim contains"):
         reproduce("modegpt", only="joules")

@@ -84,9 +84,11 @@ class NetworkCarving:
             )  # fmt: skip
         self.task = network_task(data, self.source)
         self.limits = {r: v for r in UNITS if (v := getattr(self.budget, r)) is not None}
-        if "latency" in self.limits and self.device.clock is None:
+        if {"latency", "energy"} & self.limits.keys() and self.device.clock is None:
             found = f"the card of {self.device.name} gives no clock"
-            raise NetsukeError(f"fit {model} with a latency", found, "stm32f4, stm32f746, nrf52840, rp2350")
+            raise NetsukeError(
+                f"fit {model} with a latency or an energy", found, "stm32f4, stm32f746, nrf52840, rp2350"
+            )
 
     def run(self) -> None:
         self.measure_before()
@@ -285,7 +287,7 @@ class NetworkCarving:
         return {self.base.tensors[self.base.ops[k].outputs[0]].name for k in (seam.writer, *seam.between)}
 
     def excess(self, cost: NetworkCost) -> dict[str, float]:
-        return {r: getattr(cost, r) - v for r, v in self.limits.items() if (getattr(cost, r) or 0) > v}
+        return {r: getattr(cost, r) - v for r, v in self.limits.items() if getattr(cost, r) > v}
 
     def refusal(self) -> NetsukeError:
         """Nothing fits: the limit that binds, and the nearest thing that would work."""

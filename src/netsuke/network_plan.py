@@ -69,20 +69,18 @@ def plan_network(model: str, device: str, train: str | None = None) -> dict[str,
                     if card.clock else f"the card of {card.name} gives no clock"},
     }  # fmt: skip
     binding = [name for name, over in (("ram", ram > card.ram), ("storage", whole.storage > card.storage)) if over]
-    if "ram" in binding:
-        patched, more = best_patching(graph, scratch)
-        out["patches"] = more
-        if plan_arena(patched, scratch).size + ram - arena.size <= card.ram:
-            out["remedy"] = "export and run it in patches (--patches), which fits"
     if train is not None:
         out["training"] = step = _training(graph, train)
         if step["total"] > card.ram:
             binding.append("ram for training")
-            out.setdefault(
-                "remedy", f"netsuke train {model} --sram {card.ram} --data …, which searches a plan that fits"
-            )
     out["fits"], out["binding"] = not binding, binding
-    if binding and "remedy" not in out:
+    if "ram" in binding:
+        patched, out["patches"] = best_patching(graph, scratch)
+    if binding == ["ram"] and plan_arena(patched, scratch).size + ram - arena.size <= card.ram:
+        out["remedy"] = f"netsuke export {model} --home c --patches, which fits"
+    elif binding == ["ram for training"]:
+        out["remedy"] = f"netsuke train {model} --sram {card.ram} --data …, which searches a plan that fits"
+    elif binding:
         out["remedy"] = f"netsuke fit {model} --device {card.name} --data …"
     return out
 
@@ -140,13 +138,14 @@ def show(got: dict[str, Any]) -> None:
             table.add_row(f"flash: {name}", f"{size:,}")
     table.add_row("flash in all", f"{got['storage']['bytes']:,} of {got['storage']['limit']:,}")
     console.print(table)
-    peak = Table(
-        "live at the peak", "shape", title=Text(f"the peak: operator {got['peak_operator']}"), title_justify="left"
-    )
-    peak.add_column("bytes", justify="right")
-    for row in got["largest"]:
-        peak.add_row(Text(row["name"]), "x".join(map(str, row["shape"])), f"{row['bytes']:,}")
-    console.print(peak)
+    console.print(_peak(got, ""))
+    if "training" in got:
+        step = got["training"]
+        console.print(_peak(step, " of a training step"))
+        console.print(
+            f"a training step: arena {step['arena']:,} + trained weights {step['variables']:,} + stack {step['stack']:,} = "
+            f"{step['total']:,} bytes of RAM; {step['flash']['total'] + step['flash']['code']:,} of flash"
+        )
     latency = got["latency"]
     if latency["seconds"] is not None:
         console.print(

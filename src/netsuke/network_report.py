@@ -91,4 +91,12 @@ def checks(c: NetworkCarving) -> list[dict[str, Any]]:
         ("flash (weights, tables, kernels) against the storage limit", c.after["bytes"], c.budget.storage),
         ("planned RAM (arena, variables, stack) against the limit", c.after["peak_ram"], c.budget.ram),
     ]
+    if c.budget.latency is not None:
+        rows.append(("predicted seconds a run against the limit", c.after["latency"]["per_run"], c.budget.latency))
+    if c.budget.energy is not None:
+        rows.append(("predicted joules a run against the limit", c.after["energy"], c.budget.energy))
+    if c.budget.max_loss is not None:
+        rows.append(
+            (f"loss of {c.task.metric} on validation samples against the limit", c.loss(c.winner), c.budget.max_loss)
+        )
     return [{"what": what, "value": value, "limit": limit, "ok": value <= limit} for what, value, limit in rows]

@@ -39,16 +39,22 @@ def reproduce(
     if not wanted:
         raise NetsukeError(f"reproduce {slug}", f"no claim contains {only!r}", "; ".join(c.text for c in claims))
     rows: list[dict[str, Any] | None] = [None] * len(claims)
-    if only and results is not None and not quick and (path := results / f"{slug}.json").is_file():
+    run_of_file = run  # of the rows that carry none of their own
+    if only and results is not None and not quick:
+        path = results / f"{slug}.json"
+        if not path.is_file():
+            raise NetsukeError(
+                f"reproduce {slug} --only", f"{path} is not there: a part would look like the whole", "", "no --only"
+            )
         kept = json.loads(path.read_text(encoding="utf-8"))
         before = {row["text"]: row for row in kept["claims"]}
-        rows = [before.get(c.text) for c in claims]
+        rows, run_of_file = [before.get(c.text) for c in claims], kept["run"]
     for done, i in enumerate(wanted):
         if on_claim:
             on_claim(done, len(wanted), claims[i].text)
         rows[i] = run_claim(claims[i], quick) | ({"run": run} if only else {})
     rows = [row for row in rows if row]
-    out = {"system": slug, "claims": rows, "run": run}
+    out = {"system": slug, "claims": rows, "run": run_of_file}
     if results is not None and not quick:
         results.mkdir(parents=True, exist_ok=True)
         path = results / f"{slug}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from netsuke.errors import NetsukeError
 
+BACKENDS = ("native", "reference")
 TOP = 5
 LARGEST_SHOWN = 12  # numbers of an output printed one by one
 
@@ -26,7 +28,11 @@ def run_network(
     Returns {model, backend, rows: [{input, top | values}], …}. Raises NetsukeError for unusable models, files and boards.
     """
     folder = Path(model)
+    if backend not in BACKENDS:
+        raise NetsukeError(f"run with the backend {backend!r}", "there is no such backend", ", ".join(BACKENDS))
     if (folder / "size.json").is_file() or emulate:
+        if backend != "native":
+            raise NetsukeError(f"run {model} on a board", f"--backend is {backend}", "native: a board runs the C")
         return _emulated(folder, inputs, emulate or "m4", out)
     from netsuke.graph.inputs import read_input
     from netsuke.graph.read import load_graph
@@ -35,14 +41,7 @@ def run_network(
     if not inputs:
         shapes = ", ".join(f"{graph.tensors[i].dtype} {graph.tensors[i].shape}" for i in graph.inputs)
         raise NetsukeError(f"run {model}", "no input was given", f"--input FILE (the network takes {shapes})")
-    if len(graph.inputs) > 1 and len(inputs) != len(graph.inputs):
-        raise NetsukeError(f"run {model}", f"{len(inputs)} inputs were given", f"{len(graph.inputs)}, in order")
-    if len(graph.inputs) > 1:
-        rows = [read_input(path, graph, k) for k, path in enumerate(inputs)]
-        names = [Path(inputs[0]).name] * len(rows[0])
-    else:
-        read = [read_input(path, graph) for path in inputs]
-        rows, names = [np.concatenate(read)], [Path(p).name for p, r in zip(inputs, read) for _ in r]
+    rows, names = _rows(model, inputs, len(graph.inputs), lambda path, k: read_input(path, graph, k))
     outputs = _runner(backend)(graph).run(*rows)
     return {
         "model": model,
@@ -51,23 +50,34 @@ def run_network(
     }
 
 
+def _rows(
+    model: str, files: list[str], inputs: int, read: Callable[[str, int], np.ndarray]
+) -> tuple[list[np.ndarray], list[str]]:
+    """(per input of the network the samples (n, …), a name per sample): of one input any number of files, else one each."""
+    if inputs == 1:
+        got = [read(path, 0) for path in files]
+        return [np.concatenate(got)], [Path(p).name for p, r in zip(files, got) for _ in r]
+    if len(files) != inputs:
+        raise NetsukeError(f"run {model}", f"{len(files)} inputs were given", f"{inputs}, in order")
+    rows = [read(path, k) for k, path in enumerate(files)]
+    return rows, [Path(files[0]).name] * len(rows[0])
+
+
 def _runner(backend: str) -> Any:
     if backend == "native":
         from netsuke.graph.host import HostProgram
 
         return HostProgram
-    if backend == "reference":
-        from netsuke.graph import Interpreter
+    from netsuke.graph import Interpreter
 
-        return Interpreter
-    raise NetsukeError(f"run with the backend {backend!r}", "there is no such backend", "native, reference")
+    return Interpreter
 
 
 def _emulated(folder: Path, inputs: list[str], board: str, out: str | None) -> dict[str, Any]:
     """A C folder as it is, or a network written as one into a temporary folder, on a board."""
     import tempfile
 
-    from netsuke.export.c import facts_of, write_c
+    from netsuke.export.c import facts_of, tensor_of, write_c
     from netsuke.export.c.emulate import run_emulated
     from netsuke.graph.inputs import from_file, read_input
     from netsuke.graph.read import is_graph, load_graph
@@ -79,17 +89,15 @@ def _emulated(folder: Path, inputs: list[str], board: str, out: str | None) -> d
             write_c(graph, Path(temporary) / "fw")
             folder = Path(temporary) / "fw"
         facts = facts_of(folder)
-        tensor = facts["input"] if graph is None else graph.tensors[graph.inputs[0]]
-        rows = []
-        for path in inputs:
-            if graph is not None:
-                rows.append(read_input(path, graph))
-            else:
-                rows.append(from_file(Path(path), tensor))
-        got = run_emulated(folder, board, [np.concatenate(rows)] if rows else None)
+        tensors = [tensor_of(t) for t in facts["inputs"]] if graph is None else [graph.tensors[i] for i in graph.inputs]
+
+        def read(path: str, k: int) -> np.ndarray:
+            return from_file(Path(path), tensors[k]) if graph is None else read_input(path, graph, k)
+
+        rows, names = _rows(str(folder.name), inputs, len(tensors), read) if inputs else (None, [])
+        got = run_emulated(folder, board, rows)
     answers: dict[str, Any] = {}
     if rows:
-        names = [Path(p).name for p, r in zip(inputs, rows) for _ in r]
         y = facts["output"] if graph is None else graph.tensors[graph.outputs[0]]
         answers = _answers(got.pop("outputs")[0], y, graph.meta if graph else {}, names, out)
     got.pop("outputs", None)

@@ -65,12 +65,12 @@ def from_array(array: np.ndarray, tensor: Tensor, asked: str) -> np.ndarray:
             f"it has the shape {array.shape}",
             f"{shape}, or several of them: (n, {', '.join(map(str, shape[1:]))})",
         )
+    if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
+        raise NetsukeError(asked, "it holds NaN or infinity", "finite numbers")
     if array.dtype == tensor.dtype:
         return np.ascontiguousarray(array)
     if array.dtype.kind != "f":
         raise NetsukeError(asked, f"it holds {array.dtype}", f"{tensor.dtype} codes, or floats that are quantized here")
-    if not np.all(np.isfinite(array)):
-        raise NetsukeError(asked, "it holds NaN or infinity", "finite numbers")
     return tensor.codes(array)
 
 

@@ -94,9 +94,10 @@ def facts_of(folder: Path) -> dict[str, Any]:
         facts = msgspec.to_builtins(msgspec.convert(facts, _Facts))
     except msgspec.ValidationError as e:
         raise NetsukeError(asked, f"{FACTS}: {e}", "the file as it was written") from None
-    return facts | {"input": _tensor(facts["inputs"][0]), "output": _tensor(facts["outputs"][0])}
+    return facts | {"input": tensor_of(facts["inputs"][0]), "output": tensor_of(facts["outputs"][0])}
 
 
-def _tensor(row: dict[str, Any]) -> Tensor:
+def tensor_of(row: dict[str, Any]) -> Tensor:
+    """A row of size.json's inputs or outputs as a Tensor."""
     scale = None if row["scale"] is None else np.float64(row["scale"])
     return Tensor(row["name"], tuple(row["shape"]), row["dtype"], scale, row["zero"])
