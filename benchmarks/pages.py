@@ -118,18 +118,25 @@ def lm_run(got: dict[str, Any], more: str = "") -> str:
 
 
 def lm_short() -> str:
+    """One table per run: two runs of one model say how much a machine's memory swings, and none is left out."""
     found = [got for name in RUNS_OF_LM if (got := read(f"benchmarks/results/{name}.json"))]
-    if not found:
-        return "Not measured yet: `netsuke bench lm -o benchmarks/results/lm.json`."
+    return (
+        "\n\n".join(map(lm_short_run, found)) or "Not measured yet: `netsuke bench lm -o benchmarks/results/lm.json`."
+    )
+
+
+def lm_short_run(got: dict[str, Any]) -> str:
     rows = ["| model | bits | what | netsuke | llama.cpp | ratio |", "|---|---|---|---|---|---|"]
     rows += [
         f"| {r['model']} | {r['bits']} | {kind(r)} | {figure(r['what'], r['netsuke'])} | {figure(r['what'], r['peer'])} | "
         f"{r['ratio']:.2f} |"
-        for got in found
         for r in got["rows"]
-        if r["peer_name"] == "llama.cpp" and (r["what"] == "decode" or (r["model"] == "1.1B" and r["what"] != "first-token"))
+        if r["peer_name"] == "llama.cpp" and r["what"] != "first-token"
     ]  # fmt: skip
-    return f"Two threads each, sides in turn, medians ({where(found[0]['run'])}).\n\n" + "\n".join(rows)
+    read_limit = f"{got['limits']['read_gbps']:.0f} GB/s read in this run"
+    busy = "".join(f" {sentence}." for sentence in got["warnings"])
+    head = f"Two threads each, sides in turn, medians ({where(got['run'])}; {read_limit}).{busy}"
+    return head + "\n\n" + "\n".join(rows)
 
 
 def sparse() -> str:
