@@ -12,7 +12,7 @@ What the paper gives and where it is here
     the comparison with cardiologists                       evaluate.py, reference.py
 
 What differs, and why
-    The default method marks the representative beat by a network of 7,225 weights instead of the wavelet, since the
+    The default method marks the representative beat by a network of 7,225 weights instead of the wavelet: the
     released choices of P and T fail on real leads: PR errors of 30 to 40 ms where people differ by ten. It was trained on
     leads I and II of LUDB rotated into each other (recipes/ecg/train.py). The released method is a switch
     (`--method released`) with its known faults mended: QT runs from the QRS onset (released: from its offset), the rate
@@ -21,12 +21,21 @@ What differs, and why
 
 How the figures are made
     LUDB: 200 people, leads I and II, medians of the cardiologists' marks per record. Five folds by person: the weights
-    that mark a person were trained without that person. Failures (a reference without an answer) are counted. The ten
-    cases of first-degree AV block and about 24 of long QTc make wide intervals, which stand beside the figures.
+    that mark a person were trained without that person. Failures (a reference without an answer) are counted, and the
+    errors in ms are judged with each failure at the cost of a constant answer; what that constant makes stands beside.
+    The ten cases of first-degree AV block and about 24 of long QTc make wide intervals, which stand beside the figures.
     In a quick run every fifth person is judged, and figures that need all of them are not judged.
 
+What is not held out
+    Stride and channels of the network were chosen on 40 people of fold 0's training part, whom folds 1 to 4 score; only
+    fold 0's 40 people took no part in that choice (their figures stand alone in docs/ecg.md). The noise limits behind the
+    grades (quality.py: NOISY, VERY_NOISY, UNSTEADY) were set on all 200 people, as recorded and with the noise that the
+    claim on spoiled signals adds: that claim is no held-out figure. The ten other leads (docs/ecg.md) were scored after
+    the marks were settled; the grading was changed once after that.
+
 What the controls are
-    Agreement: everybody is given another person's answers. Screening: the same. Peaks: the marks of another time.
+    Agreement: everybody is given another person's answers. Screening: the same. Peaks: the marks of another time. Spoiled
+    signals: the grading switched off.
 
 What cannot be shown here
     HeartVoice-ECG-lite and PTB-XL are not public as plain files: the paper's own correlations and its comparison with
@@ -50,8 +59,9 @@ PR_R = 0.85  # lead II
 
 def words(name: str, lead: str, v: dict[str, Any]) -> str:
     return (
-        f"{name} {lead}: MAE {v['mae']:.1f} ({v['mae_interval'][0]:.1f} to {v['mae_interval'][1]:.1f}), median "
-        f"{v['median']:.1f}, r {v['r']:.2f}, bias {v['bias']:+.1f}, {v['failures']} of {v['records']} failed"
+        f"{name} {lead}: MAE {v['mae']:.1f} ({v['mae_interval'][0]:.1f} to {v['mae_interval'][1]:.1f}), with failures "
+        f"{v['mae_with_failures']:.1f} (a constant: {v['floor_mae']:.1f}), median {v['median']:.1f}, r {v['r']:.2f}, bias "
+        f"{v['bias']:+.1f}, {v['failures']} of {v['records']} failed"
     )
 
 
@@ -62,7 +72,7 @@ def told_of(name: str, got: dict[str, Any], met: bool, quick: bool, told: str) -
 
 def pr(quick: bool, source: Any = judged, told: str = "") -> Measured:
     got = {lead: of(source, lead, quick)["PR"] for lead in ("I", "II")}
-    met = all(v["mae"] <= MOST_MAE["PR", lead] for lead, v in got.items()) and got["II"]["r"] >= PR_R
+    met = all(v["mae_with_failures"] <= MOST_MAE["PR", lead] for lead, v in got.items()) and got["II"]["r"] >= PR_R
     return told_of("PR", got, met, quick, told)
 
 
@@ -73,14 +83,15 @@ def of(source: Any, lead: str, quick: bool) -> dict[str, Any]:
 def qt(quick: bool, source: Any = judged, told: str = "") -> Measured:
     got = {lead: of(source, lead, quick)["QT"] for lead in ("I", "II")}
     met = all(
-        v["mae"] <= QT_BAR["mae"] and v["median"] <= QT_BAR["median"] and v["r"] >= QT_BAR["r"] for v in got.values()
+        v["mae_with_failures"] <= QT_BAR["mae"] and v["median"] <= QT_BAR["median"] and v["r"] >= QT_BAR["r"]
+        for v in got.values()
     )
     return told_of("QT", got, met, quick, told)
 
 
 def qrs(quick: bool, source: Any = judged, told: str = "") -> Measured:
     got = {lead: of(source, lead, quick)["QRS"] for lead in ("I", "II")}
-    met = all(v["mae"] <= MOST_MAE["QRS", lead] for lead, v in got.items())
+    met = all(v["mae_with_failures"] <= MOST_MAE["QRS", lead] for lead, v in got.items())
     return told_of("QRS", got, met, quick, told)
 
 
@@ -132,14 +143,15 @@ def peaks_mit(quick: bool, moved: float = 0.0) -> Measured:
     return Measured(told + shown, min(got["sensitivity"], got["predictivity"]) >= 0.995, got)
 
 
-def gaps_explained(quick: bool) -> Measured:
-    """No value without a reason, and how often a good grade was wrong."""
-    rows = list(robustness(quick))
+def gaps_explained(quick: bool, graded: bool = True) -> Measured:
+    """No value without a reason, and how often a good grade was wrong. Not `graded`: every number counts as good."""
+    rows = list(robustness(quick, graded))
     count = sum(sum(r.grades.values()) for r in rows)
     spoiled, silent = sum(r.spoiled for r in rows), sum(r.unexplained for r in rows)
     clean = next(r for r in rows if r.case == "clean")
-    new = "; ".join(w for r in rows if r.spoiled for w in r.worst)
-    shown = (
+    found = [w for r in rows if r.spoiled for w in r.worst]
+    new = "; ".join(found[:6]) + ("; …" if len(found) > 6 else "")
+    shown = ("" if graded else "every number taken for good: ") + (
         f"{spoiled} of {count:,} values in {len(rows)} cases{f' ({new})' if new else ''}; {silent} gaps without a reason; "
         f"on clean signals {clean.wrong} of {sum(clean.grades.values())} ({'; '.join(clean.worst) or 'none'})"
     )
@@ -180,15 +192,16 @@ CLAIMS = [
         "r ≥ 0.836 for each, I and II", correlations, needs=(LUDB,),
     ),
     Claim(
-        "PR in ms", "errors like those between observers", "MAE ≤ 11 and r ≥ 0.85 on II, MAE ≤ 13 on I", pr,
+        "PR in ms", "errors like those between observers", "MAE with failures ≤ 11 and r ≥ 0.85 on II, ≤ 13 on I", pr,
         lambda quick: pr(quick, **OTHER()), (LUDB,),
     ),
     Claim(
-        "QT in ms", "errors like those between observers", "MAE ≤ 16, median ≤ 10, r ≥ 0.84", qt,
+        "QT in ms", "errors like those between observers", "MAE with failures ≤ 16, median ≤ 10, r ≥ 0.84", qt,
         lambda quick: qt(quick, **OTHER()), (LUDB,),
     ),
     Claim(
-        "QRS in ms", "errors like those between observers", "MAE ≤ 13", qrs, lambda quick: qrs(quick, **OTHER()), (LUDB,),
+        "QRS in ms", "errors like those between observers", "MAE with failures ≤ 13", qrs,
+        lambda quick: qrs(quick, **OTHER()), (LUDB,),
     ),
     Claim(
         "the default method is no worse than the released one on PR, QRS, QT, I and II; failures cost what a constant costs",
@@ -211,9 +224,9 @@ CLAIMS = [
     ),
     Claim(
         "hum, wander, noise, clipping, lead off, inversion, wrong units, 30 to 220 a minute, fibrillation, pacing: a value "
-        "with a grade, or a reason", "", "spoiling makes no value graded good and far off; no gap without a reason",
-        gaps_explained,
-        needs=(LUDB,),
+        "with a grade, or a reason", "", "spoiling makes no value graded good and far off; no gap without a reason "
+        "(not held out: the noise limits were set on these people with this noise)",
+        gaps_explained, partial(gaps_explained, graded=False), (LUDB,),
     ),
     Claim("24 h of one lead at 250 Hz in a fresh process", "", "≤ 60 s, ≤ 200 MB", a_day, needs=(MITDB,)),
     Claim(

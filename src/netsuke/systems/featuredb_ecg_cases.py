@@ -109,6 +109,7 @@ class Row:
     """Counts of one spoiled case over its signals and the four values."""
 
     case: str
+    graded: bool = True  # False: every number counts as graded good
     grades: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("good", "fair", "poor", "refused"), 0))
     wrong: int = 0
     spoiled: int = 0  # wrong here, but not on the clean signal
@@ -121,9 +122,10 @@ class Row:
         """`truth` per value; NaN: there is nothing to measure, so any answer graded good is wrong. `known`: wrong before."""
         for key, true in truth.items():
             v: Value = got.values[key]
-            self.grades[v.quality if v.value is not None else "refused"] += 1
+            quality = "refused" if v.value is None else v.quality if self.graded else "good"
+            self.grades[quality] += 1
             self.unexplained += v.value is None and not v.reason
-            if v.value is not None and v.quality == "good" and not abs(float(v.value) - true) <= TOLERANCE[key]:
+            if v.value is not None and quality == "good" and not abs(float(v.value) - true) <= TOLERANCE[key]:
                 self.wrong += 1
                 self.where.add(f"{name} {key}")
                 self.spoiled += f"{name} {key}" not in known
@@ -132,7 +134,7 @@ class Row:
             self.flags[f] = self.flags.get(f, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "where"} | {"worst": self.worst[:6]}
+        return {k: v for k, v in self.__dict__.items() if k not in ("where", "graded")} | {"worst": self.worst[:6]}
 
 
 def hum(f: float, size: float) -> Callable:
@@ -203,13 +205,16 @@ def steady(m: Marked) -> bool:
     return len(rr) > 2 and np.ptp(rr) < 0.3 * np.median(rr)
 
 
-def robustness(quick: bool = False) -> Iterator[Row]:
-    """Spoiled LUDB records (leads I and II by turns, weights of their folds), signals without a heart, made hearts."""
+def robustness(quick: bool = False, graded: bool = True) -> Iterator[Row]:
+    """Spoiled LUDB records (leads I and II by turns, weights of their folds), signals without a heart, made hearts.
+
+    Not `graded` is the control: what was refused stays refused, all other numbers count as graded good.
+    """
     step = 20 if quick else 4
     chosen = [m for i, m in enumerate(zip(ludb("I"), ludb("II"))) if i % step == 0]
     known: set[str] = set()
     for case, spoil in SPOILED.items():
-        out, rng = Row(case), np.random.default_rng(1)
+        out, rng = Row(case, graded), np.random.default_rng(1)
         for i, pair in enumerate(chosen):
             m = pair[i % 2]
             if steady(m):
@@ -219,20 +224,20 @@ def robustness(quick: bool = False) -> Iterator[Row]:
         yield out
     nothing = dict.fromkeys(TOLERANCE, float("nan"))
     for case, make in NOTHING.items():
-        out, rng = Row(case), np.random.default_rng(2)
+        out, rng = Row(case, graded), np.random.default_rng(2)
         for k in range(3 if quick else 20):
             out.add(analyse(of_array(make(5000, rng), 500.0)), nothing, str(k))
         yield out
-    yield from hearts(quick)
+    yield from hearts(quick, graded)
 
 
-def hearts(quick: bool) -> Iterator[Row]:
+def hearts(quick: bool, graded: bool = True) -> Iterator[Row]:
     """Made hearts: 30 to 220 a minute at 250 and 500 Hz, fibrillation, pacing."""
     count = 1 if quick else 5
     kinds = [(f"{r} a minute", {"rate": r}) for r in RATES]
     kinds += [("fibrillation", {"rate": 95, "rhythm": "fibrillation"}), ("paced", {"rate": 70, "rhythm": "paced"})]
     for case, knobs in kinds:
-        out = Row(f"made heart, {case}")
+        out = Row(f"made heart, {case}", graded)
         for k in range(count):
             for fs in (250.0, 500.0):
                 h = synthetic.heart(seconds=20, fs=fs, seed=k, **knobs)
