@@ -21,20 +21,22 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from netsuke.data.catalogue import find, missing
-from netsuke.devices.board import EmulatedBoard, Run
+from netsuke.devices.board import PREFIX, EmulatedBoard, Run
 from netsuke.export.c import write_c
 from netsuke.export.c.emulate import ROOM, count_calls, run_emulated
-from netsuke.graph import Op, QGraph, Tensor
+from netsuke.graph import Interpreter, Op, QGraph, Tensor
 from netsuke.graph.ops import OPS
 from netsuke.graph.quantize import quantize, weights_only
 from netsuke.graph.read import load_graph
 from netsuke.measure.machine import provenance
+from netsuke.models.files import write_atomically
 
 RESULT = Path(__file__).parent / "results/mcu_peers.json"
 NETWORK = "tiny-training/mcunet-5fps.npz"
@@ -147,15 +149,8 @@ def tinyengine_layers(graph: QGraph) -> list[Any]:
             layers.append(add.Add({"op": "ADD", "input2_dim": 3, **params, **ends("input2", op.inputs[1])}))
         elif op.kind == "avgpool2d":
             kh, kw = op.attrs["window"]
-            pool = {
-                "op": "AVERAGE_POOL_2D",
-                "filter_h": kh,
-                "filter_w": kw,
-                "stride_h": kh,
-                "stride_w": kw,
-                "pad_h": 0,
-                "pad_w": 0,
-            }
+            pool = {"op": "AVERAGE_POOL_2D", "filter_h": kh, "filter_w": kw, "stride_h": kh, "stride_w": kw}
+            pool |= {"pad_h": 0, "pad_w": 0}
             layers.append(avgpool2d.AvgPool2d(params | pool))
         else:
             x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
@@ -317,17 +312,22 @@ def networks(engine: Path | None, cmsis: Path | None) -> dict[str, Any]:
                 )
                 run = firmware.run(files={"input.bin": image.tobytes()})
                 far = agreement(graph, image, run.files["output.bin"])
+                if far["worst_steps"] > 1:
+                    raise SystemExit(
+                        f"{name} {flags}: {far['layers_beyond_one_step']} are more than a step from netsuke's"
+                    )
                 rows.append({"peer": name, "flags": flags, "instructions": labelled(run, "run")[0], **far})
                 by_layer[name, flags] = labelled(run, "call")
                 print(json.dumps(rows[-1]), flush=True)
         write_c(graph, Path(temporary) / "ours")
-        for dsp in (True, False):
-            for flags in FLAGS[:2]:
-                count = run_emulated(Path(temporary) / "ours", "m4", [image], dsp=dsp, optimise=flags)["instructions"]
-                rows.append(
-                    {"peer": f"netsuke, {'DSP' if dsp else 'portable C'}", "flags": flags, "instructions": count}
-                )
-                print(json.dumps(rows[-1]), flush=True)
+        expected = Interpreter(graph).run(image)[0]
+        for dsp, flags in product((True, False), FLAGS):
+            got = run_emulated(Path(temporary) / "ours", "m4", [image], dsp=dsp, optimise=flags)
+            peer = f"netsuke, {'DSP' if dsp else 'portable C'}"
+            if not got["passed"] or not np.array_equal(got["outputs"][0].reshape(expected.shape), expected):
+                raise SystemExit(f"{peer} {flags}: not the outputs of the reference")
+            rows.append({"peer": peer, "flags": flags, "instructions": got["instructions"]})
+            print(json.dumps(rows[-1]), flush=True)
         ours = count_calls(Path(temporary) / "ours")
     best = {
         peer: min((r for r in rows if r["peer"] == peer), key=lambda r: r["instructions"])
@@ -345,7 +345,28 @@ def networks(engine: Path | None, cmsis: Path | None) -> dict[str, Any]:
     ]
     count = best.pop("netsuke, DSP")["instructions"]
     ratios = {f"to {peer}": round(count / r["instructions"], 4) for peer, r in best.items()}
-    return {"network": NETWORK, "rows": rows, "layers": layers, "ratio": ratios}
+    checkouts = {name: commit(path) for name, path in (("TinyEngine", engine), ("CMSIS-NN", cmsis)) if path}
+    return {
+        "network": NETWORK,
+        "macs": graph.macs(),
+        "rows": rows,
+        "layers": layers,
+        "ratio": ratios,
+        "commits": checkouts,
+    }
+
+
+def commit(checkout: Path) -> str | None:
+    """What the checkout stands on; None for a folder without git's."""
+    if not (checkout / ".git").exists():
+        return None
+    return subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def stamp() -> dict[str, Any]:
+    """Of one part of the result: where and when it was measured, and by which compiler."""
+    said = subprocess.run([PREFIX + "gcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return {"compiler": said.splitlines()[0], "run": provenance()}
 
 
 def kind_of(graph: QGraph, op: Op) -> str:
@@ -381,7 +402,6 @@ def classify(folder: Path, flags: str, include: str, call: str, x: np.ndarray, p
         parts = [out / f"main{k}.c", *(sources if k else ())]
         firmware = board().build(parts, out / str(k), include=paths, optimise=flags, defines={"NS_NO_MAIN": 1})
         flash.append(firmware.flash)
-        print({n: (q.text, q.data) for n, q in firmware.parts.items()})  # DBG
     run = firmware.run(files={"input.bin": x.tobytes()})
     labels = np.frombuffer(run.files["output.bin"], np.int32)
     return round(float(np.median(labelled(run, "run"))) / 20), flash[1] - flash[0], labels
@@ -454,21 +474,24 @@ def main() -> None:
     ask.add_argument("--emlearn", help="a python with emlearn and scikit-learn")
     ask.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
     args = ask.parse_args()
-    out: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    ran: dict[str, Any] = {}
     checkouts = [path and path.resolve() for path in (args.tinyengine, args.cmsis_nn)]
     if not any(checkouts) or missing((NETWORK,)):
         print(f"TinyEngine and CMSIS-NN are skipped: they need --tinyengine, --cmsis-nn and the data {NETWORK}")
     else:
-        out["network"] = networks(*checkouts)
+        ran["network"] = networks(*checkouts) | stamp()
     if args.emlearn is None:
         print("emlearn is skipped: it needs --emlearn, a python in which it is installed")
     else:
-        out["emlearn"] = emlearn(args.emlearn)
-    for part in ("network", "emlearn"):
-        print(part, {k: v for k, v in out.get(part, {}).items() if k.startswith("ratio")})
-    if args.json:
+        ran["emlearn"] = emlearn(args.emlearn) | stamp()
+    for part, got in ran.items():
+        print(part, {k: v for k, v in got.items() if k.startswith("ratio")})
+    if args.json and ran:
+        kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(out | {"run": provenance()}, indent=1) + "\n")
+        write_atomically(RESULT, lambda f: f.write((json.dumps(kept | ran, indent=1) + "\n").encode()))
+    elif args.json:
+        print(f"nothing was measured; {RESULT.name} stays as it is")
 
 
 if __name__ == "__main__":
