@@ -25,6 +25,13 @@ def test_without_the_other_compiler_nothing_is_judged(monkeypatch):
     assert got.met is None and cases.PEERS in got.shown
 
 
+def test_the_duel_is_judged_against_a_pid_that_sees_ahead():
+    duel, (sees, blind) = cases.duel(3.0, 0.0, 1, True), cases.rivals(3.0, 0.0, 10, True)
+    assert sees.advance == duel.advance > 0 == blind.advance
+    assert duel.pid < duel.pid_blind and duel.ratio == duel.mpc / duel.pid
+    assert 0 < duel.linear < duel.blind
+
+
 @pytest.fixture
 def short(monkeypatch):
     monkeypatch.setattr(cases, "QUICK_TICKS", 40)

@@ -24,7 +24,8 @@ How bars are read
     cycles: counted instructions of the worst tick x 1.3, the figure of devices/cards/stm32f4.toml.
     Mass-spring-damper: the paper's plant is not given; 2-16-1 reads u(n) and x(n) alone and cannot know the speed. The bar is
     judged on an overdamped plant, where that suffices; lightly damped ones stand beside it, with 4-16-1, not judged. The MPC
-    sees the reference ten ticks ahead, as the cost says; a PID cannot, and without that preview the MPC does not win.
+    sees the reference ten ticks ahead, as the cost says, so the PID may follow a row of it that far ahead: its tuning chooses
+    which, with the gains. Preview, not the network, makes most of the difference to a PID that follows the next row.
 
 What cannot be shown here
     Power in mW and errors on the rigs: neither boards nor actuators are here. Raw recordings of the rigs are not public, so the
@@ -52,6 +53,7 @@ from netsuke.systems import nn4mc_cases as cases
 TICKS_A_SECOND = 120
 FLASH, FLASH_SHARE, RAM = 1 << 20, 0.064, 8000
 SEEDS = (1, 2, 3, 4)
+PID_BAR = 0.7  # of the PID's RMS error
 
 
 def described(trace: Trace) -> str:
@@ -237,7 +239,14 @@ def against_pid(quick: bool) -> Measured:
     )
     shown = "; ".join(map(str, judged)) + (f". Not judged: {'; '.join(map(str, beside))}" if beside else "")
     values = {f"{d.plant}, {d.network}": vars(d) for d in [*judged, *beside]}
-    return Measured(shown, all(d.ratio <= 0.7 for d in judged), values)
+    return Measured(shown, all(d.ratio <= PID_BAR for d in judged), values)
+
+
+def without_preview(quick: bool) -> Measured:
+    """Control: the MPC sees the next wanted row alone, the PID as far as before."""
+    ratios = [d.blind / d.pid for d in (cases.duel(3.0, cubic, 1, quick) for cubic in (0.0, 1.0))]
+    shown = f"the MPC without preview: {', '.join(f'{r:.2f}x' for r in ratios)}"
+    return Measured(shown, all(r <= PID_BAR for r in ratios), {"ratios": ratios})
 
 
 def perturbed(quick: bool) -> Measured:
@@ -289,7 +298,8 @@ CLAIMS = [
     ),
     Claim("flash and RAM", "≤ 6.4 % of flash", "≤ 6.4 % of 1 MB, ≤ 8 kB", with_board(size), None, hasel.FILES),
     Claim(
-        "mass-spring-damper, learned 2-16-1, against a tuned PID", "better than PID", "RMS ≤ 0.7x", against_pid,
+        "mass-spring-damper, overdamped plant, learned 2-16-1, against a tuned PID that may see as far ahead",
+        "better than PID", "RMS ≤ 0.7x", against_pid, without_preview,
     ),
     Claim("exact derivatives", "", "gradient and Hessian ≤ 1e-4", derivatives, None, hasel.FILES),
     Claim("int8 weights, float activations", "", "RMS ≤ 0.40 mm", int8_weights, int8_in_metres, hasel.FILES),

@@ -20,7 +20,7 @@ from netsuke.apps.control import hasel, oscillator, simulate
 from netsuke.apps.control.loop import NetworkPlant, Perturbed, Trace, WithoutPreview, track
 from netsuke.apps.control.newton import NewtonMPC
 from netsuke.apps.control.oscillator import MassSpringDamper
-from netsuke.apps.control.pid import tune
+from netsuke.apps.control.pid import PID, tune
 from netsuke.apps.control.predictor import Predictor
 from netsuke.errors import NetsukeError
 from netsuke.export.c import write_c
@@ -168,7 +168,10 @@ class Duel:
     network: str
     mpc: float
     blind: float  # MPC without preview
-    pid: float
+    linear: float  # MPC with a linear model by least squares instead of the network
+    pid: float  # sees the reference ahead, too
+    advance: int  # rows ahead that its tuning chose
+    pid_blind: float  # tuned without any advance
     overshoots: tuple[float, float]
     efforts: tuple[float, float]
 
@@ -178,31 +181,47 @@ class Duel:
 
     def __str__(self) -> str:
         return (
-            f"{self.plant}, {self.network}: {self.ratio:.2f}x ({self.mpc:.3f} against {self.pid:.3f}; without preview "
-            f"{self.blind / self.pid:.2f}x; overshoot {self.overshoots[0]:.0%} against {self.overshoots[1]:.0%}, "
-            f"effort {self.efforts[0]:.2f} against {self.efforts[1]:.2f})"
+            f"{self.plant}, {self.network}: {self.ratio:.2f}x ({self.mpc:.3f} against {self.pid:.3f} of a PID that sees "
+            f"{self.advance + 1} ticks ahead; least squares in the MPC {self.linear:.3f}; neither sees ahead: "
+            f"{self.blind:.3f} against {self.pid_blind:.3f}; overshoot {self.overshoots[0]:.0%} against "
+            f"{self.overshoots[1]:.0%}, effort {self.efforts[0]:.2f} against {self.efforts[1]:.2f})"
         )
 
 
 @cache
+def rivals(damping: float, cubic: float, last: int, quick: bool) -> tuple[PID, PID]:
+    """Two PIDs tuned on training references: one that sees up to `last` rows of them ahead, as the MPC does, and one
+    that sees the next row alone."""
+    plant, seeds, ticks = MassSpringDamper(damping=damping, cubic=cubic), (1,) if quick else (1, 3, 5), 300
+    train = [p for seed in seeds for p in oscillator.references(seed, ticks // 3 if quick else ticks)]
+
+    def tuned(advances: range) -> PID:
+        limit = oscillator.LIMIT
+        return tune(lambda pid: oscillator.pid_score(plant, train, pid), plant.tick, -limit, limit, advances)
+
+    return tuned(range(last)), tuned(range(1))
+
+
+@cache
 def duel(damping: float, cubic: float, past: int, quick: bool) -> Duel:
-    """Tunes the PID on training references, learns the model from random excitation, runs both on other references."""
-    plant = MassSpringDamper(damping=damping, cubic=cubic)
-    train = [p for seed in ((1,) if quick else (1, 3, 5)) for p in oscillator.references(seed)]
+    """Learns the model from random excitation and runs MPC and tuned PID on references that neither has seen."""
+    plant, ticks = MassSpringDamper(damping=damping, cubic=cubic), 1000 if quick else 3000
     test = oscillator.references(2, 150) if quick else [*oscillator.references(2), *oscillator.references(4)]
-    pid = tune(lambda gains: oscillator.pid_score(plant, train, gains), plant.tick, -oscillator.LIMIT, oscillator.LIMIT)
-    model = oscillator.learn(plant, past, ticks=1000 if quick else 3000)
+    model, linear = (make(plant, past, ticks=ticks) for make in (oscillator.learn, oscillator.least_squares))
     knobs = oscillator.mpc(model)
+    pid, pid_blind = rivals(damping, cubic, knobs.last, quick)
     ours = oscillator.run(plant, knobs.controller(model), test, knobs.last)
     blind = oscillator.run(plant, WithoutPreview(knobs.controller(model)), test, knobs.last)
-    theirs = oscillator.run(plant, pid, test)
+    floor = oscillator.run(plant, knobs.controller(linear), test, knobs.last)
+    theirs = oscillator.run(plant, pid, test, knobs.last)
 
     def effort(traces: list[Trace]) -> float:
         return float(np.mean([t.effort for t in traces]))
 
     return Duel(
         f"damping {damping:g}, k3 {cubic:g}", f"{2 * past}-16-1", oscillator.rms(ours), oscillator.rms(blind),
-        oscillator.rms(theirs), (oscillator.overshoot(ours[0]), oscillator.overshoot(theirs[0])),
+        oscillator.rms(floor), oscillator.rms(theirs), pid.advance, oscillator.rms(oscillator.run(plant, pid_blind, test)),
+        (oscillator.overshoot(ours[0]), oscillator.overshoot(theirs[0])),
         (effort(ours), effort(theirs)),
     )  # fmt: skip
 

@@ -63,6 +63,31 @@ def test_the_pid_removes_the_offset_and_its_integral_stands_at_the_limit():
     assert pid.integral[0] == 0
 
 
+def test_the_pid_follows_the_row_its_tuning_chose():
+    plant, paths = MassSpringDamper(), oscillator.references(1, 100)
+    near, far = PID(4.0, 2.0, 1.0, 0.1, -2.0, 2.0), PID(4.0, 2.0, 1.0, 0.1, -2.0, 2.0, advance=3)
+    wanted = np.linspace(0.0, 0.4, 6)[:, None]
+    for pid, rows in ((near, wanted[3:]), (far, wanted), (far, wanted[:4])):
+        pid.reset(np.zeros(1))
+        assert pid.step(np.zeros(1), rows)[0] == pytest.approx(4.2 * 0.24)
+
+    def score(pid: PID) -> np.ndarray:
+        return oscillator.pid_score(plant, paths, pid)
+
+    blind, sees = (tune(score, plant.tick, -2.0, 2.0, advances) for advances in (range(1), (0, 6)))
+    assert (blind.advance, sees.advance) == (0, 6)
+    assert oscillator.rms(oscillator.run(plant, sees, paths, 7)) < 0.9 * oscillator.rms(
+        oscillator.run(plant, blind, paths)
+    )
+
+
+def test_least_squares_knows_a_linear_plant():
+    plant = MassSpringDamper()
+    x, target = oscillator.windows(*oscillator.excite(plant, 300, seed=7), 2)
+    found = oscillator.least_squares(plant, ticks=600).network.forward(x)[-1]
+    assert np.abs(found - target).max() < 1e-9
+
+
 def test_overshoot_is_a_share_of_the_step():
     wanted = np.repeat([0.5, -0.5], 50)[:, None]
     outputs = wanted.copy()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from netsuke.apps.control.arithmetic import Array
-from netsuke.apps.control.loop import Steering, Trace, track
+from netsuke.apps.control.loop import Steering, Trace, ahead, track
 from netsuke.apps.control.network import DenseNetwork, Layer
 from netsuke.apps.control.newton import NewtonMPC
 from netsuke.apps.control.pid import PID
@@ -110,6 +110,14 @@ def learn(plant: MassSpringDamper, past: int = 2, hidden: int = 16, ticks: int =
     return Predictor(network, controls=1, outputs=1, control_past=past, output_past=past)
 
 
+def least_squares(plant: MassSpringDamper, past: int = 2, ticks: int = 3000, seed: int = 0) -> Predictor:
+    """A linear model on the same data as `learn`, by least squares: what a network must beat to be of use."""
+    x, target = windows(*excite(plant, ticks, seed), past)
+    found = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), target, rcond=None)[0].T
+    network = DenseNetwork((Layer("position", found[:, :-1], found[:, -1], "linear"),)).as_type(np.float64)
+    return Predictor(network, controls=1, outputs=1, control_past=past, output_past=past)
+
+
 def references(seed: int, ticks: int = 300) -> list[Array]:
     """Three paths (ticks, 1): random steps, a sum of sines, ramps between random points. Other seeds are other paths."""
     rng, t = np.random.default_rng(seed), np.arange(ticks)
@@ -143,7 +151,7 @@ def pid_score(like: MassSpringDamper, paths: list[Array], pid: PID) -> Array:
         y, last = plant.reset(), np.zeros(plant.loops)
         pid.reset(y)
         for n in range(len(path)):
-            u = pid.step(y, path[n : n + 1])
+            u = pid.step(y, ahead(path, n, pid.advance + 1))
             y = plant.step(u)
             total += (y - path[n]) ** 2 + CHANGE * (u - last) ** 2
             last = u
