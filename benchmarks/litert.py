@@ -166,8 +166,8 @@ class Side:
 
     def __init__(self, command: list[Any]):
         self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )  # its stderr is ours: what it says of a failure is read there
 
     def answer(self) -> dict[str, Any]:
         if not (line := self.process.stdout.readline()):
@@ -338,12 +338,28 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['name']:16}{' '.join(shares)} {' '.join(times)}  x{t['c_to_off']['ratio']:.2f} x{t['c_to_on']['ratio']:.2f}"
 
 
+def has_peer(python: str) -> bool:
+    """Whether that Python has ai-edge-litert. SystemExit where there is no such Python."""
+    find_it = "import importlib.util as u, sys; sys.exit(u.find_spec('ai_edge_litert') is None)"
+    try:
+        return not subprocess.run([python, "-c", find_it]).returncode
+    except OSError as e:
+        raise SystemExit(f"--peer-python {python}: {e.strerror}") from None
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
     ask.add_argument("--peer-python", default=sys.executable, help="a Python with ai-edge-litert")
     ask.add_argument("--only", choices=MODELS, action="append")
     args = ask.parse_args()
+    if args.json and args.only:
+        ask.error(f"--json writes all rows of {RESULT.name}: leave out --only")
+    if not has_peer(args.peer_python):
+        print(
+            f"LiteRT is skipped: {args.peer_python} has no ai-edge-litert; pip install -c constraints.txt 'netsuke[peers]'"
+        )
+        return
     peer = Side([args.peer_python, PEER])
     versions = peer.answer()
     print(f"{'within a step, %':16}   off     on off/on op:off  op:on | ms: C  package      off       on  C/off C/on")
@@ -354,10 +370,10 @@ def main() -> None:
     peer.close()
     if args.json:
         from netsuke.measure.machine import provenance
+        from netsuke.models.files import write_atomically
 
-        RESULT.write_text(
-            json.dumps({"bars": BARS, "rounds": ROUNDS, "rows": rows, **versions, "run": provenance()}, indent=1) + "\n"
-        )
+        out = {"bars": BARS, "rounds": ROUNDS, "rows": rows, **versions, "run": provenance()}
+        write_atomically(RESULT, lambda f: f.write((json.dumps(out, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":
