@@ -3,9 +3,11 @@
     NETSUKE_DATA=FOLDER python recipes/ecg/train.py [--only default fold0 …]
 
 Person k (1 to 200) is held out by fold k % 5 and never seen by that fold's weights: every published figure uses them.
-`default` has seen everybody and is what users get. The other ten leads of LUDB are not used: they were scored once, at the
-end (docs/ecg.md). About a minute per network on one core. Writes src/netsuke/weights/ecg/<name>.npz (float16) and a line
-per network to recipes/ecg/training.json.
+Stride and channels, however, were chosen on 40 people of fold 0's training part whom folds 1 to 4 score; fold 0's people
+alone took no part in it (README.md). `default` has seen everybody and is what users get. The other ten leads of LUDB are
+not used: they were scored after the marks were settled, and the grading changed once after that (docs/ecg.md). About a
+minute per network on one core. Writes src/netsuke/weights/ecg/<name>.npz (float16) and a line per network to
+recipes/ecg/training.json.
 """
 
 from __future__ import annotations
