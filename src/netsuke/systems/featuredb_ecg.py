@@ -149,7 +149,7 @@ def gaps_explained(quick: bool, graded: bool = True) -> Measured:
     count = sum(sum(r.grades.values()) for r in rows)
     spoiled, silent = sum(r.spoiled for r in rows), sum(r.unexplained for r in rows)
     clean = next(r for r in rows if r.case == "clean")
-    found = [w for r in rows if r.spoiled for w in r.worst]
+    found = [w for r in rows if r.case != "clean" for w in r.fresh]
     new = "; ".join(found[:6]) + ("; …" if len(found) > 6 else "")
     shown = ("" if graded else "every number taken for good: ") + (
         f"{spoiled} of {count:,} values in {len(rows)} cases{f' ({new})' if new else ''}; {silent} gaps without a reason; "

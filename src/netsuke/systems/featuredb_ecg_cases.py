@@ -116,6 +116,7 @@ class Row:
     unexplained: int = 0
     flags: dict[str, int] = field(default_factory=dict)
     worst: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)  # of `worst`, those that the clean signal lacks
     where: set[str] = field(default_factory=set)  # of the wrong ones: "61 QT"
 
     def add(self, got: Analysis, truth: dict[str, float], name: str, known: set[str] = frozenset()) -> None:
@@ -128,13 +129,17 @@ class Row:
             if v.value is not None and quality == "good" and not abs(float(v.value) - true) <= TOLERANCE[key]:
                 self.wrong += 1
                 self.where.add(f"{name} {key}")
-                self.spoiled += f"{name} {key}" not in known
                 self.worst.append(f"{name}: {key} {float(v.value):.0f}, true {true:.0f}")
+                if f"{name} {key}" not in known:
+                    self.spoiled += 1
+                    self.fresh.append(f"{self.case}, {self.worst[-1]}")
         for f in got.flags:
             self.flags[f] = self.flags.get(f, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("where", "graded")} | {"worst": self.worst[:6]}
+        return {k: v for k, v in self.__dict__.items() if k not in ("where", "graded", "fresh")} | {
+            "worst": self.worst[:6]
+        }
 
 
 def hum(f: float, size: float) -> Callable:
