@@ -1,11 +1,14 @@
 """`netsuke ecg` beside NeuroKit2, XQRS and the released FeatureDB method: LUDB leads I and II, MIT-BIH 100, one run.
 
     NETSUKE_DATA=FOLDER python benchmarks/ecg.py [--peer-python PYTHON] [--folder LUDB] [--robustness] [--day] [--json]
+    python benchmarks/ecg.py --docs
 
 The peers (neurokit2, wfdb, py-ecg-detectors) run in an interpreter of their own, which runs this file with --as-peer. Everybody
 gets the same signals in mV and is judged by the same code; a reference without an answer is a failure. netsuke's network
 never saw the person it marks. --folder judges every lead of a folder of WFDB records as well (the twelve of LUDB, for
-instance); --day makes 24 h of one lead at 250 Hz from record 100 and measures time and memory in a fresh process.
+instance); --day makes 24 h of one lead at 250 Hz from record 100 and measures time and memory in a fresh process. --json
+writes results/ecg.json; a run of some parts keeps the others as they stand there and names its own run beside its parts.
+--docs measures nothing and writes the tables of docs/ecg.md from that file.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ecg_docs import CONSTANT, CONSTANT_QT, RESULT
+from ecg_docs import write as write_docs
 
-RESULT = Path(__file__).parent / "results/ecg.json"
 PEERS = ("neurokit2 dwt", "neurokit2 prominence")
 DETECTORS = ("neurokit2", "wfdb xqrs", "py-ecg-detectors hamilton", "py-ecg-detectors pan-tompkins")
 
@@ -110,7 +115,7 @@ def compare(python: str | None, folder: Path | None) -> dict:
     record, beats = wfdb.read_wfdb(head), wfdb.read_annotations(head.with_suffix(".atr")).beats
     only_peaks = np.stack([np.ones_like(beats), beats, beats, beats], 1)
     mit = evaluate.Marked("mit", "MLII", 0, record.millivolts(0), record.fs, only_peaks)
-    out: dict = {"intervals": {}, "peaks": {}, "ms": {}}
+    out: dict = {"intervals": {}, "fold 0": {}, "peaks": {}, "ms": {}}
     for lead, marked in rows.items():
         for method in ("netsuke", "released"):
             for m in marked[:50]:
@@ -120,6 +125,9 @@ def compare(python: str | None, folder: Path | None) -> dict:
             got = evaluate.judge(marked, method, fold_weights)
             out["peaks"].setdefault(method, {})[lead] = got.pop("R peaks")
             out["intervals"].setdefault(lead, {})[method] = slim(got)
+        out["intervals"][lead] |= constants(marked)
+        first = [m for m in marked if fold_weights(m) == "fold0"]  # nobody of them took part in a choice
+        out["fold 0"][lead] = slim(evaluate.judge(first, "netsuke", fold_weights))
     for method in ("netsuke", "released"):
         out["peaks"][method]["MIT-BIH 100"] = evaluate.judge([mit], method)["R peaks"]
     if python:
@@ -148,6 +156,54 @@ def compare(python: str | None, folder: Path | None) -> dict:
     return out
 
 
+def constants(marked: list) -> dict[str, dict]:
+    """What the medians of all references score as an answer for everybody, RR guessed too or as marked."""
+    from netsuke.apps.signals.ecg import evaluate
+
+    want = np.array([m.intervals() for m in marked])
+    middle = np.nanmedian(want, axis=0)
+    out = {}
+    for name, rr in ((CONSTANT, np.full(len(want), middle[3])), (CONSTANT_QT, want[:, 3])):
+        answers = np.column_stack((np.tile(middle[:3], (len(want), 1)), rr))
+        got = slim(evaluate.table(marked, list(answers)))
+        undefined = {"r", "r_interval"}  # of a constant; QTc follows RR and has one where that is marked
+        out[name] = {
+            k: {n: x for n, x in v.items() if (k == "QTc" and name == CONSTANT_QT) or n not in undefined}
+            for k, v in got.items()
+        }
+    return out
+
+
+def merged(old: dict, new: dict) -> dict:
+    """`old` with what `new` measured, part by part."""
+    both = {k: merged(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
+    return old | both
+
+
+def short(x: Any) -> Any:
+    """Numbers to four digits after the point: more than any figure has that is made of them."""
+    if isinstance(x, dict):
+        return {k: short(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [short(v) for v in x]
+    return round(x, 4) if isinstance(x, float) else x
+
+
+def save(out: dict, parts: list[str], whole: bool, path: Path = RESULT) -> None:
+    """Writes `path`. Unless the run is `whole`, what `path` holds of other parts stays, and `parts` name their own run."""
+    from netsuke.apps.signals.ecg.pipeline import plain
+    from netsuke.measure.machine import provenance
+    from netsuke.models.files import write_atomically
+
+    out = plain(out)
+    if whole or not path.exists():
+        out |= {"run": provenance()}
+    else:
+        out = merged(json.loads(path.read_text(encoding="utf-8")), out | {"runs": dict.fromkeys(parts, provenance())})
+    text = json.dumps(short(out), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
 def slim(got: dict) -> dict:
     """Without the rows and curves, which are too long for a result file."""
     return {k: {n: x for n, x in v.items() if n != "roc"} for k, v in got.items() if k != "rows"}
@@ -155,19 +211,19 @@ def slim(got: dict) -> dict:
 
 def show(out: dict) -> None:
     print(
-        f"{'lead':5} {'method':21} "
+        f"{'lead':5} {'method':25} "
         + " ".join(f"{k + ' MAE/med/r/failed':>24}" for k in ("PR", "QRS", "QT"))
         + "  AV   QTc"
     )
     for lead, methods in out["intervals"].items():
         for method, got in methods.items():
             cells = [
-                f"{v['mae']:.1f}/{v['median']:.1f}/{v['r']:.2f}/{v['failures']}"
+                f"{v['mae']:.1f}/{v['median']:.1f}/{v.get('r', float('nan')):.2f}/{v['failures']}"
                 for v in (got[k] for k in ("PR", "QRS", "QT"))
             ]
             areas = [got.get(k, {}).get("auc", float("nan")) for k in ("AV block", "long QTc")]
             print(
-                f"{lead:5} {method:21} "
+                f"{lead:5} {method:25} "
                 + " ".join(f"{c:>24}" for c in cells)
                 + " "
                 + " ".join(f"{a:.2f}" for a in areas)
@@ -188,16 +244,20 @@ def main() -> None:
     ask.add_argument("--robustness", action="store_true")
     ask.add_argument("--day", action="store_true")
     ask.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
+    ask.add_argument("--docs", action="store_true", help=f"write the tables of docs/ecg.md from {RESULT.name}")
     args = ask.parse_args()
     if args.as_peer:
         as_peer(args.as_peer)
         return
-    from netsuke.apps.signals.ecg.pipeline import plain
-    from netsuke.measure.machine import provenance
+    if args.docs:
+        write_docs()
+        return
     from netsuke.systems.featuredb_ecg_cases import day_long, robustness
 
     out = compare(args.peer_python, args.folder)
     show(out)
+    if not args.peer_python:
+        del out["ms"]  # times compare within one run only
     if args.robustness:
         out["robustness"] = [row.as_dict() for row in robustness()]
         for row in out["robustness"]:
@@ -211,7 +271,11 @@ def main() -> None:
         }
         print(out["day"])
     if args.json:
-        RESULT.write_text(json.dumps({**plain(out), "run": provenance()}, indent=1, ensure_ascii=False) + "\n")
+        measured = {
+            "netsuke, released and constants on I and II": True, "peers": args.peer_python, "the ten other leads": args.folder,
+            "spoiled signals": args.robustness, "a day": args.day,
+        }  # fmt: skip
+        save(out, [k for k, v in measured.items() if v], all(measured.values()))
 
 
 if __name__ == "__main__":

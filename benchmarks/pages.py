@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,10 +280,10 @@ PARTS = {
 }
 
 
-def fill(path: Path) -> None:
-    """Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`."""
+def fill(path: Path, parts: dict[str, Callable[[], str]] | None = None) -> None:
+    """Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`, by default with `PARTS`."""
     text = path.read_text()
-    for name, make in PARTS.items():
+    for name, make in (parts or PARTS).items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
     path.write_text(text)
