@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from netsuke.data.catalogue import find
+from netsuke.errors import NetsukeError
 from netsuke.graph.differentiate import ReferenceTraining, UpdateRule, training_graph
 from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import QGraph
@@ -38,6 +40,9 @@ EXPANSIONS = (
     39,
 )  # pointwise layers of small input and large output: what published plans train
 SRAM, FLASH = 256 << 10, 1 << 20
+HEAD_RATES = (0.0125, 0.025, 0.05, 0.1)
+CODE_RATES = (1e1, 1e2, 1e3, 1e4, 1e5)  # without scaling: gradients by codes are s_w^2 times those that scaling gives
+WIDER = 4  # steps that a grid goes on beyond an end
 
 
 @cache
@@ -82,12 +87,15 @@ def cuts() -> dict[int, dict[str, list[np.ndarray]]]:
 
 
 @cache
-def trained(knobs_of: str, rate: float, scaled: bool, seed: int, epochs: int, shuffled: bool = False) -> Trained:
-    """A network trained by the plan of that name; `shuffled` labels are the control."""
+def trained(
+    knobs_of: str, rate: float, scaled: bool, seed: int, epochs: int, shuffled: bool = False,
+    head_rate: float | None = None,
+) -> Trained:  # fmt: skip
+    """A network trained by the plan of that name; `shuffled` labels are the control. `head_rate`: None is as `rate`."""
     plan, labels = plan_of(knobs_of), clothes()["train"].labels
     if shuffled:
         labels = np.random.default_rng(0).permutation(labels)
-    knobs = Int8SGD(plan, rate=rate, scaled=scaled, seed=seed, epochs=epochs)
+    knobs = Int8SGD(plan, rate=rate, scaled=scaled, seed=seed, epochs=epochs, head_rate=head_rate)
     return train(network(), knobs, cuts()[first_op(network(), plan)]["train"], labels, CLASSES)
 
 
@@ -109,6 +117,51 @@ def on_test(knobs_of: str, rates: tuple[float, ...], scaled: bool, quick: bool) 
     rate, found = best_rate(knobs_of, rates[len(rates) // 2 :][:1] if quick else rates, scaled, epochs)
     test = [score("test", knobs_of, rate, scaled, seed, epochs) for seed in range(seeds)]
     return {"rate": rate, "validation": found, "test": test, "mean": float(np.mean(test))}
+
+
+def widened(rates: Sequence[float], measure: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """(the best rate, what `measure` gave by rate): the grid goes on while its best stands at an end. A rate at which
+    training diverges counts as 0."""
+
+    def safe(rate: float) -> float:
+        try:
+            return measure(rate)
+        except NetsukeError:
+            return 0.0
+
+    found = {r: safe(r) for r in rates}
+    for _ in range(WIDER):
+        best, order = max(found, key=found.__getitem__), sorted(found)
+        if best not in (order[0], order[-1]):
+            break
+        beside = order[1] if best == order[0] else order[-2]
+        new = float(f"{best * best / beside:.3g}")
+        found[new] = safe(new)
+    return max(found, key=found.__getitem__), found
+
+
+def unscaled_on_test(knobs_of: str, quick: bool) -> dict[str, Any]:
+    """As `on_test`, without scaling: the codes and the float head have gradients of unlike sizes, so each has a rate of its
+    own. All choices on validation photographs at seed 0: the head's rate alone, the codes' by decades and then between
+    them, the head's again beside it."""
+    epochs, seeds = (2, 1) if quick else (20, 3)
+
+    def measured(rate: float, head_rate: float) -> float:
+        return score("validation", knobs_of, rate, False, 0, epochs, head_rate=head_rate)
+
+    if quick:
+        rate, head_rate, alone, codes, heads = CODE_RATES[2], HEAD_RATES[1], {}, {}, {}
+    else:
+        head_rate, alone = widened(HEAD_RATES, lambda r: score("validation", "head", r, False, 0, epochs))
+        rate, codes = widened(CODE_RATES, lambda r: measured(r, head_rate))
+        codes |= widened((rate / 3, rate, rate * 3), lambda r: measured(r, head_rate))[1]
+        rate = max(codes, key=codes.__getitem__)
+        head_rate, heads = widened((head_rate / 2, head_rate, head_rate * 2), lambda r: measured(rate, r))
+    test = [score("test", knobs_of, rate, False, seed, epochs, head_rate=head_rate) for seed in range(seeds)]
+    return {
+        "rate": rate, "head_rate": head_rate, "validation": codes, "validation_head_alone": alone, "validation_head": heads,
+        "test": test, "mean": float(np.mean(test)),
+    }  # fmt: skip
 
 
 @cache
