@@ -35,6 +35,7 @@ def test_the_duel_is_judged_against_a_pid_that_sees_ahead():
 @pytest.fixture
 def short(monkeypatch):
     monkeypatch.setattr(cases, "QUICK_TICKS", 40)
+    monkeypatch.setattr(cases, "FAST", slice(2600, 2640))
     cases.whole_path.cache_clear()
     cases.on_board.cache_clear()
     yield
@@ -43,13 +44,13 @@ def short(monkeypatch):
 
 
 @with_data
-@pytest.mark.parametrize("what", ["generated_code", "tracking", "same_as_python", "int8_weights"])
+@pytest.mark.parametrize("what", ["generated_code", "tracking", "same_as_python", "int8_weights", "derivatives"])
 def test_quick_measurements_meet_their_bars(short, what):
     assert getattr(nn4mc, what)(True).met
 
 
 @with_data
-@pytest.mark.parametrize("what", ["wrong_weights", "other_seed", "int8_in_metres", "plain_newton"])
+@pytest.mark.parametrize("what", ["wrong_weights", "other_seed", "int8_in_metres", "plain_newton", "rough_derivatives"])
 def test_controls_miss(short, what):
     assert not getattr(nn4mc, what)(True).met
 

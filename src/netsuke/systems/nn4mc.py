@@ -37,6 +37,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -53,6 +54,7 @@ from netsuke.systems import nn4mc_cases as cases
 TICKS_A_SECOND = 120
 FLASH, FLASH_SHARE, RAM = 1 << 20, 0.064, 8000
 SEEDS = (1, 2, 3, 4)
+DERIVATIVES_BAR = 1e-4  # relative
 PID_BAR = 0.7  # of the PID's RMS error
 
 
@@ -156,7 +158,7 @@ def cycles(quick: bool) -> Measured:
         f"worst tick {worst:,} instructions = {seconds * chip.clock / 1e6:.2f} M cycles at {chip.cycles_per_instruction:g} "
         f"each, mean {mean:,.0f}; {described(run.trace)}"
     )
-    values = {"worst": worst, "mean": mean, "hertz": 1 / seconds, **facts(run.trace)}
+    values = {"worst_instructions": worst, "mean_instructions": mean, "hertz": 1 / seconds, **facts(run.trace)}
     return Measured(shown, seconds * chip.clock <= 1.4e6 and seconds <= 1 / TICKS_A_SECOND, values)
 
 
@@ -170,7 +172,9 @@ def differences_cycles(quick: bool) -> Measured:
     worst = int(run.instructions.max())
     cycles = chip.seconds(worst) * chip.clock
     return Measured(
-        f"central differences: {worst:,} instructions, {cycles / 1e6:.1f} M cycles", cycles <= 1.4e6, {"worst": worst}
+        f"central differences: {worst:,} instructions, {cycles / 1e6:.1f} M cycles",
+        cycles <= 1.4e6,
+        {"worst_instructions": worst},
     )
 
 
@@ -209,25 +213,45 @@ def int8_in_metres(quick: bool) -> Measured:
     return Measured(f"inputs in metres: {described(trace)}", trace.rms <= 0.40e-3, facts(trace))
 
 
-def derivatives(quick: bool) -> Measured:
+@cache
+def derivative_errors(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Of the published network, the worse of two settings, and of the curved one."""
     states = 5 if quick else 40
-    found = {
-        "Nu 1": cases.gradient_errors(hasel.SETTINGS, states),
-        "Nu 3, barrier": cases.gradient_errors(replace(hasel.SETTINGS, moves=3, sharpness=1e-3, range=1.2), states),
-    }
-    worst = {k: max(f[k] for f in found.values()) for k in ("gradient", "hessian", "exact", "differences")}
-    halved, ticks = {}, 60 if quick else 600
+    settings = hasel.SETTINGS, replace(hasel.SETTINGS, moves=3, sharpness=1e-3, range=1.2)
+    found = [cases.gradient_errors(knobs, states) for knobs in settings]
+    return {k: max(f[k] for f in found) for k in found[0]}, cases.curved_errors(states)
+
+
+def derivatives(quick: bool) -> Measured:
+    """The gradient on the published network, both on a curved one: there Gauss-Newton's Hessian is not the whole."""
+    published, curved = derivative_errors(quick)
+    halved, path = {}, hasel.whole()[cases.FAST][: 60 if quick else None]
     for kind in ("exact", "hessian", "differences"):
-        model = hasel.predictor()
-        knobs = replace(hasel.SETTINGS, derivatives=kind)
-        trace = hasel.follow(model, knobs, path=cases.whole_path(True)[:ticks])
-        halved[kind] = (trace.facts["halved"] / ticks, trace.rms * 1e3)
+        trace = hasel.follow(hasel.predictor(), replace(hasel.SETTINGS, derivatives=kind), path=path)
+        halved[kind] = (trace.facts["halved"] / len(trace.outputs), trace.rms * 1e3)
     steps = ", ".join(f"{k} {share:.0%} (RMS {rms:.2f} mm)" for k, (share, rms) in halved.items())
     shown = (
-        f"gradient {worst['gradient']:.0e}, exact Hessian {worst['hessian']:.0e}; Gauss-Newton's Hessian is {worst['exact']:.0e} "
-        f"off, the differences' gradient {worst['differences']:.0e}; ticks that shortened a step: {steps}"
+        f"HASEL network: gradient {published['gradient']:.0e}, Hessian {published['hessian']:.0e} (Gauss-Newton's "
+        f"{published['gauss_newton']:.0e}); tanh network 4-16-1: gradient {curved['gradient']:.0e}, Hessian "
+        f"{curved['hessian']:.0e}; "
+        f"ticks of {len(path)} in which a full step was refused: {steps}"
     )
-    return Measured(shown, worst["gradient"] <= 1e-4 and worst["hessian"] <= 1e-4, {**worst, "halved": halved})
+    judged = [found[k] for found in (published, curved) for k in ("gradient", "hessian")]
+    return Measured(shown, max(judged) <= DERIVATIVES_BAR, {**published, "curved": curved, "halved": halved})
+
+
+def rough_derivatives(quick: bool) -> Measured:
+    """Controls: Gauss-Newton's Hessian on the curved network, and the gradient by differences on the published one. Either
+    within the bar would pass."""
+    published, curved = derivative_errors(quick)
+    shown = (
+        f"Gauss-Newton's Hessian on the tanh network: {curved['gauss_newton']:.0e} off at least; the gradient by differences "
+        f"on the HASEL network {published['differences']:.0e}"
+    )
+    least = min(curved["gauss_newton"], published["differences"])
+    return Measured(
+        shown, least <= DERIVATIVES_BAR, {"hessian": curved["gauss_newton"], "gradient": published["differences"]}
+    )
 
 
 def against_pid(quick: bool) -> Measured:
@@ -301,7 +325,10 @@ CLAIMS = [
         "mass-spring-damper, overdamped plant, learned 2-16-1, against a tuned PID that may see as far ahead",
         "better than PID", "RMS ≤ 0.7x", against_pid, without_preview,
     ),
-    Claim("exact derivatives", "", "gradient and Hessian ≤ 1e-4", derivatives, None, hasel.FILES),
+    Claim(
+        "exact derivatives, HASEL network and a curved one", "", "gradient and Hessian ≤ 1e-4", derivatives,
+        rough_derivatives, hasel.FILES,
+    ),
     Claim("int8 weights, float activations", "", "RMS ≤ 0.40 mm", int8_weights, int8_in_metres, hasel.FILES),
     Claim("a plant unlike its model", "", "", perturbed, None, hasel.FILES),
     Claim("history read oldest first", "", "", history_order, None, hasel.FILES),

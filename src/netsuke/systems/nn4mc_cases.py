@@ -37,6 +37,7 @@ FILES = tuple(
 )  # fmt: skip
 PEERS = "NETSUKE_PEERS"  # names a Python in which the published compiler, nn4mc 0.3.0, is installed
 QUICK_TICKS = 150
+FAST = slice(2600, 3200)  # ticks of the path's fast part: its first quarter is almost at rest
 Function = Callable[[np.ndarray], np.ndarray]
 
 
@@ -134,8 +135,8 @@ def int8_model() -> Predictor:
 
 @cache
 def whole_path(quick: bool) -> np.ndarray:
-    """The whole path, or a stretch of its fast part: its first quarter is almost at rest."""
-    return hasel.whole()[2600 : 2600 + QUICK_TICKS] if quick else hasel.whole()
+    """The whole path, or a stretch of its fast part."""
+    return hasel.whole()[FAST][:QUICK_TICKS] if quick else hasel.whole()
 
 
 def start(quick: bool) -> np.ndarray:
@@ -227,24 +228,41 @@ def duel(damping: float, cubic: float, past: int, quick: bool) -> Duel:
 
 
 def gradient_errors(knobs: NewtonMPC, states: int) -> dict[str, float]:
-    """Relative errors of gradient and Hessian of the cost against central differences of the cost, float64, the median
-    over random plans along the path (a kink of a rectified unit within the differences' width spoils single ones)."""
-    model, rng = hasel.predictor(), np.random.default_rng(0)
-    found: dict[str, list[float]] = {"gradient": [], "exact": [], "hessian": [], "differences": []}
-    for n in rng.integers(0, len(hasel.whole()) - knobs.last, states):
-        y, wanted = hasel.whole()[n], hasel.whole()[n : n + knobs.last]
-        plan = rng.uniform(-0.4, 0.4, (1, knobs.moves, model.controls))
-        at = {k: replace(knobs, derivatives=k).controller(model, y) for k in ("exact", "hessian", "differences")}
-        for controller in at.values():
-            controller.step(y, wanted)
-        reference = at["exact"]
-        slope, bend = _differences(reference, plan, 1e-6), _bends(reference, plan, 1e-5)
-        scale, size = np.abs(slope).max(), np.abs(bend).max()
-        found["gradient"].append(np.abs(2 * reference.derivatives_at(plan)[1][0] - slope).max() / scale)
-        found["differences"].append(np.abs(2 * at["differences"].derivatives_at(plan)[1][0] - slope).max() / scale)
-        for kind in ("exact", "hessian"):
-            found[kind].append(np.abs(2 * at[kind].derivatives_at(plan)[2][0] - bend).max() / size)
-    return {k: float(np.median(v)) for k, v in found.items()}
+    """`errors_at` on the published network: the median over random plans along the path (a kink of a rectified unit within
+    the differences' width spoils single ones)."""
+    path = hasel.whole()
+    found = [errors_at(knobs, hasel.predictor(), path, 0.8, seed) for seed in range(states)]
+    return {k: float(np.median([f[k] for f in found])) for k in found[0]}
+
+
+def curved_errors(states: int) -> dict[str, float]:
+    """`errors_at` on a network of tanh units, where the Hessian is more than Gauss-Newton's part: the largest of all plans,
+    except for that part, whose smallest counts."""
+    model, path = oscillator.learn(MassSpringDamper()), np.concatenate(oscillator.references(2))
+    found = [errors_at(oscillator.mpc(model), model, path, 0.8, seed) for seed in range(states)]
+    return {k: (min if k == "gauss_newton" else max)(f[k] for f in found) for k in found[0]}
+
+
+def errors_at(knobs: NewtonMPC, model: Predictor, path: np.ndarray, share: float, seed: int) -> dict[str, float]:
+    """Relative errors of gradient and Hessian of the cost against central differences of the cost, float64, at a random
+    tick of path (T, p) and a random plan within `share` of the limits: "gradient" and "hessian" by the chain rule, the
+    gradient by "differences", the Hessian of "gauss_newton"."""
+    rng, kinds = np.random.default_rng(seed), ("exact", "hessian", "differences")
+    n = rng.integers(0, len(path) - knobs.last)
+    plan = share * rng.uniform(knobs.low, knobs.high, (1, knobs.moves, model.controls))
+    at = {k: replace(knobs, derivatives=k).controller(model, path[n]) for k in kinds}
+    for controller in at.values():
+        controller.step(path[n], path[n : n + knobs.last])
+    slope, bend = _differences(at["exact"], plan, 1e-6), _bends(at["exact"], plan, 1e-5)
+    found = {k: [2 * part[0] for part in at[k].derivatives_at(plan)[1:]] for k in kinds}
+
+    def off(have: np.ndarray, want: np.ndarray) -> float:
+        return float(np.abs(have - want).max() / np.abs(want).max())
+
+    return {
+        "gradient": off(found["exact"][0], slope), "differences": off(found["differences"][0], slope),
+        "hessian": off(found["hessian"][1], bend), "gauss_newton": off(found["exact"][1], bend),
+    }  # fmt: skip
 
 
 def _differences(controller, plan: np.ndarray, eps: float) -> np.ndarray:
