@@ -213,7 +213,7 @@ def test_weight_scales_are_never_worse_than_the_largest_value():
         ({"calibration": None}, "--data"),
         ({"calibration": []}, "empty.*--data"),
         ({"calibration": [np.zeros((2, 8, 8, 3), np.float32)]}, r"shape \(2, 8, 8, 3\)"),
-        ({"calibration": [np.full((1, 8, 8, 2), np.nan, np.float32)]}, "not finite"),
+        ({"calibration": [np.full((1, 8, 8, 2), np.nan, np.float32)]}, "NaN or infinity"),
         ({"calibration": [(images(1), images(1))]}, "2 inputs"),
         ({"weights": 3}, "3 bits"),
         ({"bits": {"dense.weight": 2}}, "2 bits"),
