@@ -1,5 +1,6 @@
 """The claims of nn4mc: quick measurements on the published networks where they are there, well-formed where not."""
 
+import numpy as np
 import pytest
 
 from netsuke.claims import run_claim
@@ -50,9 +51,21 @@ def test_quick_measurements_meet_their_bars(short, what):
 
 
 @with_data
-@pytest.mark.parametrize("what", ["wrong_weights", "other_seed", "int8_in_metres", "plain_newton", "rough_derivatives"])
+@pytest.mark.parametrize(
+    "what", ["wrong_weights", "other_seed", "int8_in_metres", "plain_newton", "standing", "rough_derivatives"]
+)
 def test_controls_miss(short, what):
     assert not getattr(nn4mc, what)(True).met
+
+
+@with_data
+def test_the_path_backwards_is_the_path_and_every_seed_is_judged(monkeypatch):
+    path = cases.backwards()
+    assert np.array_equal(path[0], cases.hasel.samples()[-1]) and np.array_equal(path[::-1], cases.whole_path(False))
+    kept = {5: nn4mc.Trace(path, path, path), 6: nn4mc.Trace(path + 0.01, path, path)}
+    monkeypatch.setattr(nn4mc, "OTHER_SEEDS", tuple(kept))
+    monkeypatch.setattr(nn4mc.simulate, "on_host", lambda model, knobs, path, start: kept[knobs.seed])
+    assert nn4mc.backwards(True).met and not nn4mc.backwards(False).met
 
 
 @with_data

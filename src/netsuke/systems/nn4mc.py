@@ -19,7 +19,9 @@ What differs, and why
     int8 weights need units of their inputs in which metres and controls are of like size; without them the loop collapses.
 
 How bars are read
-    "whole path": 1130 samples, each held 5 ticks, from the first on. int8: the controller's weights are int8, the plant keeps
+    "whole path": 1130 samples, each held 5 ticks, from the first on. Weights of the cost, horizon, starts and steps were chosen
+    by error and instructions on that path with seeds 1 to 4; backwards with seeds 5 to 8 it is the same places in another order,
+    no other path: no second one is published. int8: the controller's weights are int8, the plant keeps
     the float network, which is harder than the same network on both sides.
     cycles: counted instructions of the worst tick x 1.3, the figure of devices/cards/stm32f4.toml.
     Mass-spring-damper: the paper's plant is not given; 2-16-1 reads u(n) and x(n) alone and cannot know the speed. The bar is
@@ -41,7 +43,7 @@ from functools import cache
 
 import numpy as np
 
-from netsuke.apps.control import hasel
+from netsuke.apps.control import hasel, simulate
 from netsuke.apps.control.loop import Trace
 from netsuke.claims import Claim, Measured
 from netsuke.data.catalogue import find
@@ -53,7 +55,7 @@ from netsuke.systems import nn4mc_cases as cases
 
 TICKS_A_SECOND = 120
 FLASH, FLASH_SHARE, RAM = 1 << 20, 0.064, 8000
-SEEDS = (1, 2, 3, 4)
+SEEDS, OTHER_SEEDS = (1, 2, 3, 4), (5, 6, 7, 8)
 DERIVATIVES_BAR = 1e-4  # relative
 PID_BAR = 0.7  # of the PID's RMS error
 
@@ -121,9 +123,29 @@ def tracking(quick: bool) -> Measured:
 
 
 def plain_newton(quick: bool) -> Measured:
-    """Control: the published method, one undamped step a tick from the last plan."""
+    """Control: close to the published method, which takes one step a tick from the last plan and never refuses it."""
     trace = cases.in_c(cases.float_model(), replace(hasel.SETTINGS, starts=1, iterations=1, levels=1), quick)
-    return Measured(f"one undamped step from one start: {described(trace)}", on_track(trace), facts(trace))
+    shown = f"one start, one full step, refused when the cost rises: {described(trace)}"
+    return Measured(shown, on_track(trace), facts(trace))
+
+
+def backwards(quick: bool) -> Measured:
+    """Path and seeds that no setting was chosen on; every seed is judged. A quick run takes one."""
+    path, model = cases.backwards(), cases.float_model()
+    traces = [
+        simulate.on_host(model, replace(hasel.SETTINGS, seed=s), path, path[0])
+        for s in OTHER_SEEDS[: 1 if quick else None]
+    ]
+    met = [on_track(t) for t in traces]
+    shown = f"{sum(met)} of {len(met)} seeds meet the bar: " + "; ".join(map(described, traces))
+    return Measured(shown, all(met), {"seeds": [facts(t) for t in traces]})
+
+
+def standing(quick: bool) -> Measured:
+    """Control: nothing is steered."""
+    idle, mean = cases.standing(cases.backwards())
+    shown = f"all controls zero: RMS {idle.rms * 1e3:.2f} mm; a tip that stays at the path's mean: RMS {mean.rms * 1e3:.2f} mm"
+    return Measured(shown, on_track(idle) or on_track(mean), {"zero": facts(idle), "mean": facts(mean)})
 
 
 def same_as_python(quick: bool) -> Measured:
@@ -164,8 +186,6 @@ def cycles(quick: bool) -> Measured:
 
 def differences_cycles(quick: bool) -> Measured:
     """Control: the same starts and steps with central differences, as published."""
-    from netsuke.apps.control import simulate
-
     chip, path = Device.load("stm32f4"), cases.whole_path(True)[:60]
     knobs = replace(hasel.SETTINGS, derivatives="differences")
     run = simulate.on_board(cases.float_model(), knobs, path, path[0])
@@ -215,11 +235,11 @@ def int8_in_metres(quick: bool) -> Measured:
 
 @cache
 def derivative_errors(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Of the published network, the worse of two settings, and of the curved one."""
+    """Of the published network, the worse of two settings (of the rough ones the better), and of the curved one."""
     states = 5 if quick else 40
     settings = hasel.SETTINGS, replace(hasel.SETTINGS, moves=3, sharpness=1e-3, range=1.2)
     found = [cases.gradient_errors(knobs, states) for knobs in settings]
-    return {k: max(f[k] for f in found) for k in found[0]}, cases.curved_errors(states)
+    return {k: (min if k in cases.ROUGH else max)(f[k] for f in found) for k in found[0]}, cases.curved_errors(states)
 
 
 def derivatives(quick: bool) -> Measured:
@@ -304,6 +324,7 @@ def history_order(quick: bool) -> Measured:
     )
 
 
+ON_TRACK = "RMS ≤ 0.30 mm, ≥ 99 % of ticks ≤ 1 mm, max ≤ 1.5 mm"
 ALL = (*cases.FILES, hasel.PATH)
 CLAIMS = [
     Claim(
@@ -312,8 +333,12 @@ CLAIMS = [
     ),
     Claim("beside the C++ of nn4mc 0.3.0", "", "dense and Conv1D within 1e-4", beside_nn4mc, None, cases.FILES),
     Claim(
-        "HASEL path in C, whole, plant = network", "simulated error ≤ 1 mm",
-        "RMS ≤ 0.30 mm, ≥ 99 % of ticks ≤ 1 mm, max ≤ 1.5 mm", tracking, plain_newton, hasel.FILES,
+        "HASEL path in C, whole, plant = network; the settings were chosen on this very path", "simulated error ≤ 1 mm",
+        ON_TRACK, tracking, plain_newton, hasel.FILES,
+    ),
+    Claim(
+        "the same path backwards, seeds 5 to 8: no setting was chosen on either", "simulated error ≤ 1 mm",
+        f"every seed: {ON_TRACK}", backwards, standing, hasel.FILES,
     ),
     Claim("the same trajectory in C and in Python", "", "≤ 1e-3 mm", same_as_python, other_seed, hasel.FILES),
     Claim(

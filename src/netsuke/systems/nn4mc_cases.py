@@ -38,6 +38,7 @@ FILES = tuple(
 PEERS = "NETSUKE_PEERS"  # names a Python in which the published compiler, nn4mc 0.3.0, is installed
 QUICK_TICKS = 150
 FAST = slice(2600, 3200)  # ticks of the path's fast part: its first quarter is almost at rest
+ROUGH = ("gauss_newton", "differences")  # of `errors_at`: what is expected to be wrong
 Function = Callable[[np.ndarray], np.ndarray]
 
 
@@ -139,6 +140,19 @@ def whole_path(quick: bool) -> np.ndarray:
     return hasel.whole()[FAST][:QUICK_TICKS] if quick else hasel.whole()
 
 
+def backwards() -> np.ndarray:
+    """The whole path from its end to its beginning: the same places, other motions. No setting was chosen on it."""
+    return hasel.whole()[::-1]
+
+
+def standing(path: np.ndarray) -> tuple[Trace, Trace]:
+    """Two floors along path (T, p): the network with all controls at zero, and a tip that stays at the path's mean."""
+    plant, rest = NetworkPlant(float_model(), path[0]), np.zeros((len(path), float_model().controls))
+    plant.reset()
+    idle = np.array([plant.step(u) for u in rest])
+    return Trace(idle, path, rest), Trace(np.tile(path.mean(axis=0), (len(path), 1)), path, rest)
+
+
 def start(quick: bool) -> np.ndarray:
     return whole_path(quick)[0] if quick else hasel.samples()[0]
 
@@ -237,10 +251,10 @@ def gradient_errors(knobs: NewtonMPC, states: int) -> dict[str, float]:
 
 def curved_errors(states: int) -> dict[str, float]:
     """`errors_at` on a network of tanh units, where the Hessian is more than Gauss-Newton's part: the largest of all plans,
-    except for that part, whose smallest counts."""
+    of the rough ones the smallest."""
     model, path = oscillator.learn(MassSpringDamper()), np.concatenate(oscillator.references(2))
     found = [errors_at(oscillator.mpc(model), model, path, 0.8, seed) for seed in range(states)]
-    return {k: (min if k == "gauss_newton" else max)(f[k] for f in found) for k in found[0]}
+    return {k: (min if k in ROUGH else max)(f[k] for f in found) for k in found[0]}
 
 
 def errors_at(knobs: NewtonMPC, model: Predictor, path: np.ndarray, share: float, seed: int) -> dict[str, float]:
