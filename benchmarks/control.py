@@ -26,6 +26,7 @@ import numpy as np
 from netsuke.apps.control import hasel, oscillator, simulate
 from netsuke.devices import Device
 from netsuke.measure.machine import provenance
+from netsuke.models.files import write_atomically
 
 RESULT = Path(__file__).parent / "results/control.json"
 PICTURE = Path(__file__).parents[1] / "docs/control.svg"
@@ -91,7 +92,7 @@ def picture(rows: list[dict[str, Any]], limit: float, out: Path) -> None:
     axes.grid(color="#ddd", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    write_atomically(out, lambda f: figure.savefig(f, format="svg", metadata={"Date": None}))
 
 
 def beside_peer(python: str) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def main() -> None:
     out = {"device": chip.name, "instructions_at_120_hz": limit, "rows": rows, "peer": peer, "run": provenance()}
     if args.json:
         RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(out, indent=1) + "\n")
+        write_atomically(RESULT, lambda f: f.write((json.dumps(out, indent=1) + "\n").encode()))
         picture(rows, limit, PICTURE)
 
 
