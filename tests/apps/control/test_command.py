@@ -54,6 +54,7 @@ def test_the_command_writes_a_folder_that_passes_its_test(files, weights):
         ("outputs = 3\n", "", "outputs"), ("last = 3", "last = 'x'", "last"), ("last = 3", "laste = 3", "laste"),
         ("controls = 1", "controls = 2", "maps 4 inputs"), ("change = [1e-3]", "change = [1e-3, 1e-3]", "2 of changes"),
         ("[model]", "[model", "line"), ("last = 3", "starts = 0", "starts is 0"),
+        ("last = 3", "correction = nan", "correction is nan"), ("last = 3", "centre = inf", "centre is inf"),
     ],
 )  # fmt: skip
 def test_a_wrong_configuration_is_named_and_nothing_is_written(files, old, new, named):
@@ -78,6 +79,24 @@ def test_other_inputs_are_refused(files):
         command.control(*good, path=files / "bad.npy")
     with pytest.raises(NetsukeError, match="nowhere"):
         command.control(good[0], files / "nowhere.toml", good[2])
+    assert not (files / "fw").exists()
+
+
+@pytest.mark.parametrize("new", ["control = 0", "control = nan", "sensor = -1.0, control = 0.5"])
+def test_ranges_that_are_no_magnitudes_are_refused(files, new):
+    (files / "arm.toml").write_text(CONFIG.replace("control = 0.5", new))
+    with pytest.raises(NetsukeError, match=f"range of {new.split()[0]}"):
+        command.control(files / "m.h5", files / "arm.toml", files / "fw", weights="int8")
+    assert not (files / "fw").exists()
+
+
+def test_a_board_is_refused_before_anything_is_written(files, monkeypatch):
+    given = files / "m.h5", files / "arm.toml", files / "fw"
+    with pytest.raises(NetsukeError, match="m4"):
+        command.control(*given, emulate="m5")
+    monkeypatch.setattr("netsuke.devices.board.shutil.which", lambda tool: None)
+    with pytest.raises(NetsukeError, match="not installed"):
+        command.control(*given, emulate="m4")
     assert not (files / "fw").exists()
 
 

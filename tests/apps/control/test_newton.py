@@ -141,7 +141,11 @@ def test_delay_noise_and_preview():
     ("change", "named"),
     [
         ({"last": 0}, "N2 0"), ({"moves": 9}, "Nu 9"), ({"starts": 0}, "starts is 0"), ({"low": 1.0}, "limits"),
-        ({"q": (1.0, -1.0)}, "negative"), ({"q": (np.nan, 1.0)}, "not a number"), ({"seed": 0}, "seed"),
+        ({"q": (1.0, -1.0)}, "negative"), ({"q": (np.nan, 1.0)}, "q is .*not a number"), ({"seed": 0}, "seed"),
+        ({"correction": np.nan}, "correction is nan"), ({"correction": 1.5}, "a share"), ({"enough": np.inf}, "enough is inf"),
+        ({"enough": -1.0}, "negative"), ({"centre": np.nan}, "centre is nan"), ({"range": 0.0}, "range 0"),
+        ({"epsilon": 1e-50}, "epsilon 1e-50"), ({"high": 1e39}, "high is 1e\\+39"), ({"last": 10**9}, "N2 1000000000"),
+        ({"starts": 10**9}, "1 to 1000"),
         ({"factor": 1.0}, "factor"), ({"sharpness": 1.0, "range": 0.5}, "barrier"), ({"derivatives": "x"}, "'x'"),
     ],
 )  # fmt: skip

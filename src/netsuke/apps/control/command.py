@@ -74,14 +74,18 @@ def control(
     path     .npy of (T, outputs): the self-test follows it, as does an emulated run; None: rest at zero
     emulate  "m4" or "m7": also run the loop, model against itself, on that board; instructions and memory are added
 
-    Raises NetsukeError for files that cannot be read, a network that is no chain of dense layers, and settings that do not fit.
+    Raises NetsukeError for files that cannot be read, a network that is no chain of dense layers, settings that do not fit, and
+    a board that is unknown or lacks its tools; then nothing is written.
     """
     import numpy as np
 
     from netsuke.apps.control import firmware, simulate
     from netsuke.apps.control.network import DenseNetwork
     from netsuke.apps.control.predictor import Predictor
+    from netsuke.devices.board import EmulatedBoard
 
+    if emulate:
+        EmulatedBoard.load(emulate, simulate.FLASH, simulate.RAM)  # refused before anything is written
     settings = read_configuration(config)
     shape = settings.model
     graph = _read(model)

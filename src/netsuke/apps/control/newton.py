@@ -23,7 +23,14 @@ from netsuke.apps.control.arithmetic import Array, fold
 from netsuke.apps.control.predictor import History, Predictor, Roll
 from netsuke.errors import NetsukeError
 
+LARGEST = 1000  # of every count: beyond it a tick takes minutes
 PIVOT = 1e-6  # of the largest diagonal entry: smaller pivots belong to directions without effect
+
+
+TINY = 1e-30  # what is divided by must not become 0 in float32
+NUMBERS = (
+    "q", "change", "factor", "enough", "correction", "low", "high", "sharpness", "range", "centre", "epsilon",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,20 +60,30 @@ class NewtonMPC:
     def __post_init__(self) -> None:
         asked = "set up the controller"
         for name in ("first", "moves", "iterations", "levels", "starts"):
-            if getattr(self, name) < 1:
-                raise NetsukeError(asked, f"{name} is {getattr(self, name)}", "1 or more")
-        if not self.first <= self.last or self.moves > self.last:
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise NetsukeError(asked, f"{name} is {getattr(self, name)}", f"1 to {LARGEST}")
+        if not self.first <= self.last <= LARGEST or self.moves > self.last:
             raise NetsukeError(
-                asked, f"the horizons are N1 {self.first}, N2 {self.last}, Nu {self.moves}", "N1 <= N2 and Nu <= N2"
-            )
-        numbers = (*self.q, *self.change, self.low, self.high, self.factor, self.epsilon, self.sharpness, self.range)
-        if not np.all(np.isfinite(numbers)) or min(*self.q, *self.change, self.sharpness) < 0:
-            raise NetsukeError(asked, "a weight is negative or not a number", "finite weights of 0 or more")
-        if not self.low < self.high or not 0 < self.factor < 1 or self.epsilon <= 0:
-            raise NetsukeError(
-                asked, f"limits {self.low} to {self.high}, factor {self.factor}, epsilon {self.epsilon}",
-                "low < high, 0 < factor < 1, epsilon > 0",
+                asked, f"the horizons are N1 {self.first}, N2 {self.last}, Nu {self.moves}",
+                f"N1 <= N2 <= {LARGEST} and Nu <= N2",
             )  # fmt: skip
+        for name in NUMBERS:
+            if not np.all(np.abs(getattr(self, name)) <= np.finfo(np.float32).max):
+                raise NetsukeError(
+                    asked, f"{name} is {getattr(self, name)}: not a number of 32 bits", "finite numbers"
+                )  # fmt: skip
+        if min(*self.q, *self.change, self.sharpness, self.enough) < 0:
+            raise NetsukeError(
+                asked, f"q {self.q}, change {self.change}, sharpness {self.sharpness}, enough {self.enough}: one is negative",
+                "0 or more",
+            )  # fmt: skip
+        if not self.low < self.high or not 0 < self.factor < 1 or min(self.epsilon, self.range) < TINY:
+            raise NetsukeError(
+                asked, f"limits {self.low} to {self.high}, factor {self.factor}, epsilon {self.epsilon}, range {self.range}",
+                f"low < high, 0 < factor < 1, epsilon and range from {TINY:g}",
+            )  # fmt: skip
+        if not 0 <= self.correction <= 1:
+            raise NetsukeError(asked, f"correction is {self.correction}", "a share from 0 to 1")
         if self.sharpness > 0 and not (
             self.centre - self.range / 2 < self.low and self.high < self.centre + self.range / 2
         ):

@@ -23,6 +23,7 @@ from netsuke.errors import NetsukeError
 
 FLAGS = ("-std=c99", "-O2", "-Wall", "-Wextra", "-ffp-contract=off")
 NAME = "controller"
+FLASH, RAM = 1 << 20, 256 << 10  # bytes, of the emulated device
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def on_host(predictor: Predictor, knobs: NewtonMPC, path: Array, start: Array, p
 
 def on_board(
     predictor: Predictor, knobs: NewtonMPC, path: Array, start: Array, plant: Predictor | None = None, core: str = "m4",
-    flash: int = 1 << 20, ram: int = 256 << 10, optimise: str = "-O3", seconds: float = 600,
+    flash: int = FLASH, ram: int = RAM, optimise: str = "-O3", seconds: float = 600,
 ) -> Emulated:  # fmt: skip
     """The same loop on an emulated Cortex-M4F or M7. Plant, path and loop lie outside of the device's flash."""
     machine = board.EmulatedBoard.load(core, flash, ram)
