@@ -320,7 +320,7 @@ def history_order(quick: bool) -> Measured:
     return Measured(
         f"plant and model oldest first: {described(trace)}; the model alone: RMS {other.rms * 1e3:.2f} mm",
         None,
-        facts(trace),
+        {**facts(trace), "model_alone": facts(other)},
     )
 
 

@@ -3,8 +3,9 @@
     y(n+1) = net( u(n), …, u(n-nd+1),  y(n), …, y(n-dd+1),  sensors )        newest first; u(n) is the control to choose
 
 The order is part of the model: in the loop of hasel.py the same weights read oldest first track 1.7 times worse (RMS), and 18
-times where the plant reads them newest first (`netsuke reproduce nn4mc`, "history read oldest first"). Aguasvivas Manzano et al. (2022)
-train with the oldest first and shift the newest to the front on the chip; here one order holds everywhere, and C has it too.
+times where the plant reads them newest first (`netsuke reproduce nn4mc`, "history read oldest first"). Aguasvivas Manzano et
+al. (2022) train with the oldest first and shift the newest to the front on the chip; here one order holds everywhere, and C
+has it too.
 
 Letters: B plans side by side, N horizon, m controls, p outputs, M = moves * m planned controls.
 """
