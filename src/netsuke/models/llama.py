@@ -13,15 +13,25 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense, LinearBase, halved
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+# Where a function may stand in a block's forward pass (`Block.sites`), in order: the residual stream and its norm before
+# attention, the projections before and after rotation, attention's logits and weights, the concatenated heads, what is added
+# to the stream; then the same for the feed-forward part, whose `hidden` is silu · up.
+SITES = (
+    "attn_stream", "attn_in", "q", "k", "v", "q_rot", "k_rot", "scores", "probs", "heads", "o",
+    "mlp_stream", "mlp_in", "gate", "sigmoid", "silu", "up", "hidden", "down",
+)  # fmt: skip
+Site = Callable[[Tensor], Tensor]
 
 
 class BlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -166,6 +176,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def causal_mask(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, S): which of S tokens each of the last T may see."""
+    rows, cols = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
+    return (cols <= rows) if window is None else (cols <= rows) & (cols > rows - window)
+
+
+def attend_openly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, at: Callable) -> Tensor:
+    """`attend` with logits and weights in sight: `at("scores", ·)` before the mask, `at("probs", ·)` after the softmax."""
+    (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
+    group = H // K
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = at("scores", (q @ k.transpose(-1, -2)) * scale)
+    seen = causal_mask(T, S, window, q.device)
+    return at("probs", scores.masked_fill(~seen, -torch.inf).softmax(-1)) @ v
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """Causal attention of the last T of S tokens. q (B, H, T, 2R), k (B, K, S, 2R), v (B, K, S, D) -> (B, H, T, D).
 
@@ -185,15 +211,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) ->
         k, v = (x.reshape(B * K, 1, S, -1).expand(-1, H // K, -1, -1) for x in (k, v))
     mask = None
     if S != T or (window is not None and window < S):
-        rows = torch.arange(S - T, S, device=q.device)[:, None]
-        cols = torch.arange(S, device=q.device)[None]
-        mask = (cols <= rows) if window is None else (cols <= rows) & (cols > rows - window)
+        mask = causal_mask(T, S, window, q.device)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return y.reshape(B, H, T, -1)[..., :vd]
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + down(silu(gate) · up)(norm(x)). Linear maps are swapped in place by methods."""
+    """x + attention(norm(x)), then x + down(silu(gate) · up)(norm(x)). Linear maps are swapped in place by methods.
+
+    `sites` maps names of SITES to functions that stand there: quantizers of activations, masks of neurons, listeners. They
+    are no parameters and are not stored with the weights.
+    """
 
     q: LinearBase
     k: LinearBase
@@ -206,6 +234,7 @@ class Block(nn.Module):
     def __init__(self, cfg: LlamaConfig, layer: int, dtype: str = "float32"):
         super().__init__()
         self.cfg, self.layer = cfg, layer
+        self.sites: dict[str, Site] = {}
         for name, (outs, ins, bias) in cfg.linear_shapes(layer).items():
             setattr(self, name, Dense.empty(outs, ins, bias, dtype))
         self.attn_norm, self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps), RMSNorm(cfg.width, cfg.norm_eps)
@@ -213,6 +242,10 @@ class Block(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps), RMSNorm(cfg.head_dim, cfg.norm_eps)
         table, self.rope_scale = rope_table(cfg, layer)
         self.register_buffer("freq", table, persistent=False)
+
+    def at(self, site: str, x: Tensor) -> Tensor:
+        """What stands at a site, applied to x; x itself where nothing does."""
+        return self.sites[site](x) if site in self.sites else x
 
     def rope(self, start: int, T: int) -> tuple[Tensor, Tensor]:
         """cos and sin, (1 or K, T, R), for positions start … start+T-1."""
@@ -227,6 +260,7 @@ class Block(nn.Module):
         v = self.v(x).view(B, T, self.cfg.kv_heads, -1)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.at("q", q), self.at("k", k), self.at("v", v)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attention(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -237,20 +271,32 @@ class Block(nn.Module):
         k = rotate(k, cos.to(k.dtype), sin.to(k.dtype))
         if cos.shape[0] > 1:  # each key head has its own pairs: repeat its table for the queries that share it
             cos, sin = cos.repeat_interleave(group, 0), sin.repeat_interleave(group, 0)
-        q = rotate(q, cos.to(q.dtype), sin.to(q.dtype))
+        q = self.at("q_rot", rotate(q, cos.to(q.dtype), sin.to(q.dtype)))
+        k = self.at("k_rot", k)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
             k, v = k.to(q.dtype), v.to(q.dtype)
-        y = attend(q, k, v, 1 / math.sqrt(self.cfg.head_dim), self.cfg.window)
-        return y.transpose(1, 2).flatten(2)
+        scale = 1 / math.sqrt(self.cfg.head_dim)
+        if "scores" in self.sites or "probs" in self.sites:
+            y = attend_openly(q, k, v, scale, self.cfg.window, self.at)
+        else:
+            y = attend(q, k, v, scale, self.cfg.window)
+        return self.at("heads", y.transpose(1, 2).flatten(2))
 
     def mlp_inner(self, x: Tensor) -> Tensor:
         """Normed input (B, T, C) -> hidden activations (B, T, F), the input of `down`."""
-        return F.silu(self.gate(x)) * self.up(x)
+        gate, up = self.at("gate", self.gate(x)), self.at("up", self.up(x))
+        if "sigmoid" in self.sites:
+            gate = gate * self.at("sigmoid", gate.sigmoid())
+        else:
+            gate = F.silu(gate)
+        return self.at("hidden", self.at("silu", gate) * up)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.o(self.attention(self.attn_norm(x), cache))
-        return x + self.down(self.mlp_inner(self.mlp_norm(x)))
+        x = self.at("attn_stream", x)
+        x = x + self.at("o", self.o(self.attention(self.at("attn_in", self.attn_norm(x)), cache)))
+        x = self.at("mlp_stream", x)
+        return x + self.at("down", self.down(self.mlp_inner(self.at("mlp_in", self.mlp_norm(x)))))
 
 
 class Llama(nn.Module):
@@ -288,6 +334,22 @@ class Llama(nn.Module):
         """Swaps the linear map called `name`."""
         parent, _, leaf = name.rpartition(".")
         setattr(self.get_submodule(parent) if parent else self, leaf, layer)
+
+    def stand(self, sites: dict[str, Site]) -> None:
+        """Puts functions at sites ("blocks.0.hidden") in place of all that stood there. Raises NetsukeError for a site that
+        no block has."""
+        for block in self.blocks:
+            block.sites = {}
+        for name, function in sites.items():
+            parent, _, site = name.rpartition(".")
+            index = parent.removeprefix("blocks.")
+            if site not in SITES or not index.isdigit() or int(index) >= len(self.blocks):
+                raise NetsukeError(
+                    f"put a function at {name}",
+                    "no block has this site",
+                    f"blocks.N.SITE, SITE one of {', '.join(SITES)}",
+                )
+            self.blocks[int(index)].sites[site] = function
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
