@@ -225,7 +225,7 @@ def on_chip(quick: bool, late: int = 0) -> Measured:
         with tempfile.TemporaryDirectory() as folder:
             facts = write_forecaster(model, Path(folder) / "c", updating=True)
             run = run_on_board(Path(folder) / "c", "m4", x[: s.lookback, :1].T, fresh)
-        seen = Moments(s, 7)
+        seen = model.moments.on_chip()
         seen.update(fresh[: len(fresh) - late] / model.scale)
         a1, a2 = model.weights.a1, model.weights.a2
         for _ in range(SWEEPS):

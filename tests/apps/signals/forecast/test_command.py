@@ -48,6 +48,28 @@ def test_fit_then_predict(table, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "f.csv", "f.json", "f.svg"]
 
 
+def test_the_firmwares_memory_is_said_and_rows_fade(table, tmp_path, capsys):
+    words = (
+        "fit",
+        table,
+        "--horizon",
+        48,
+        "--alpha",
+        1,
+        "-o",
+        tmp_path / "f.json",
+        "--to-c",
+        tmp_path / "c",
+        "--updating",
+    )
+    forecast(*words, "--forget", 0.999)
+    said = capsys.readouterr().out
+    facts = json.loads((tmp_path / "c/forecast.json").read_text())
+    assert f"keeps {facts['state']['1']} bytes with 1 channel, {facts['state']['2']} bytes with 2 channels" in said
+    assert json.loads((tmp_path / "f.json").read_text())["forget"] == 0.999
+    assert "0.999" in (tmp_path / "c/src/forecast.c").read_text()
+
+
 def test_backtest(table, tmp_path, capsys):
     forecast("backtest", table, "--horizon", 48, "--folds", 2, "--plot", tmp_path / "b.png")
     said = capsys.readouterr().out
@@ -62,6 +84,7 @@ WRONG = [
     (["fit"], "--horizon 96"),
     (["fit", "--horizon", 48, "--period", "day"], "--period"),
     (["fit", "--horizon", 48, "--alpha", "half"], "--alpha"),
+    (["fit", "--horizon", 48, "--forget", 1.5], "forget"),
     (["fit", "--horizon", 48, "--columns", "wind"], "load, sun"),
     (["fit", "--horizon", 48, "-o", "nowhere/f.json"], "nowhere"),
     (["fit", "--horizon", 48, "--method", "moments", "--to-c", "c", "--updating", "--alpha", "0.5"], "--alpha 1"),

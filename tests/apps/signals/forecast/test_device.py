@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from netsuke.apps.signals.forecast import fold
-from netsuke.apps.signals.forecast.device import SWEEPS, run_on_board, tables, values_of
+from netsuke.apps.signals.forecast.device import SWEEPS, run_on_board, state_bytes, tables, values_of
 from netsuke.apps.signals.forecast.forecaster import MixLinear
-from netsuke.apps.signals.forecast.moments import Moments, sweep
+from netsuke.apps.signals.forecast.moments import sweep
 from netsuke.devices.board import missing_tools
 from netsuke.errors import NetsukeError
 from tests.apps.signals.forecast.data import meters
@@ -79,7 +79,7 @@ def test_the_board_learns_what_python_learns(tmp_path, forget):
     facts = made.to_c(tmp_path / "c", updating=True)
     fresh = meters(1300)[900:]
     run = run_on_board(tmp_path / "c", "m4", fresh[:240, :1].T, fresh)
-    seen = Moments(made.shape, 2, forget)
+    seen = made.moments.on_chip()
     seen.update(fresh / made.scale)
     a1, a2 = made.weights.a1, made.weights.a2
     for _ in range(SWEEPS):
@@ -90,6 +90,52 @@ def test_the_board_learns_what_python_learns(tmp_path, forget):
     wanted = fold.forecast((fresh[-240:] / made.scale).T, fold.time_matrix(a1, a2, made.shape), None, made.shape)
     assert np.abs(run["forecasts"] / made.scale[:, None] - wanted).max() < 1e-4
     assert facts["moments"] == 4 * (55 + 20)
+    used = (
+        facts["state"]["2"] + facts["scratch"] + facts["ram_per_channel"]
+    )  # the last: input and output of the test's main
+    assert run["ram"] == used and facts["state"]["2"] - facts["state"]["1"] == facts["window_per_channel"]
+
+
+@needs_board
+def test_a_refit_before_the_first_window_forgets_nothing(tmp_path):
+    x = meters(1300)
+    made = MixLinear(48, 240, 24, 1.0).fit(x[:1000])
+    made.to_c(tmp_path / "c", updating=True)
+    run = run_on_board(tmp_path / "c", "m4", x[:240, :1].T, x[1000:1250])
+    assert np.abs((run["forecasts"] - made.predict(x[:1250]).T) / made.scale[:, None]).max() < 1e-3
+
+
+@needs_board
+def test_refits_day_after_day_are_pythons(tmp_path):
+    x = meters(1400)
+    made = MixLinear(48, 240, 24, 1.0).fit(x[:1000])
+    made.to_c(tmp_path / "c", updating=True)
+    run = run_on_board(tmp_path / "c", "m4", x[:240, :1].T, x[1000:], every=48)
+    assert len(run["factors"]) == 8
+    seen, a1, a2 = made.moments.on_chip(), made.weights.a1, made.weights.a2
+    for k, (across, inside) in enumerate(run["factors"]):
+        seen.update(x[1000 + 48 * k :][:48] / made.scale)
+        for _ in range(SWEEPS):
+            a1, a2 = sweep(a1, a2, seen.sxx, seen.sxy, made.shape)
+        wanted = fold.time_matrix(a1, a2, made.shape)
+        assert np.abs(fold.time_matrix(inside, across, made.shape) - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+def test_learning_at_the_papers_size_keeps_eight_kilobytes_for_one_channel():
+    facts = state_bytes(fold.Shape(720, 96, 24), 7)
+    assert facts["state"] == {"1": 2340 + 96 + 3268, "7": 2340 + 96 + 7 * 3268} and facts["state"]["1"] <= 8192
+    assert facts["scratch"] == 2880
+
+
+@needs_cc
+@pytest.mark.skipif(shutil.which("size") is None, reason="no size")
+def test_make_size_shows_flash_and_ram(tmp_path):
+    made = MixLinear(48, 240, 24, 1.0).fit(meters(900))
+    facts = made.to_c(tmp_path / "c", updating=True)
+    done = subprocess.run(["make", "-s", "size"], cwd=tmp_path / "c", capture_output=True, text=True, check=True)
+    _, data, bss = map(int, done.stdout.splitlines()[-1].split()[:3])
+    needed = facts["state"]["2"] + facts["scratch"]
+    assert needed <= data + bss <= needed + 300  # 64-bit pointers in tables, alignment
 
 
 @needs_board

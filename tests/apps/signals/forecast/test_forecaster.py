@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from netsuke.apps.signals.forecast import fold
-from netsuke.apps.signals.forecast.backtest import backtest
+from netsuke.apps.signals.forecast.backtest import backtest, look_backs
 from netsuke.apps.signals.forecast.floors import FLOORS, repeat
 from netsuke.apps.signals.forecast.forecaster import MixLinear
 from netsuke.apps.signals.forecast.moments import Moments
@@ -135,6 +135,7 @@ EMPTY = np.where(np.arange(1200)[:, None] > 400, np.nan, meters())
         (lambda: MixLinear(48, lpf=0), "lpf"),
         (lambda: MixLinear(48, method="magic"), "method"),
         (lambda: MixLinear(48, forget=0), "forget"),
+        (lambda: MixLinear(48, forget=0.99, method="adam"), "Adam"),
         (lambda: MixLinear(48, missing="ignore").fit(meters()), "missing values"),
         (lambda: MixLinear(48, missing="error").fit(EMPTY[380:420]), "missing"),
         (lambda: MixLinear(48).fit(EMPTY), "67%|66%"),
@@ -204,6 +205,79 @@ def test_backtest_sees_only_the_past_and_scores_every_channel():
     again = backtest(Series(changed, ["a", "b"]), MixLinear(48, 240, 24), folds=3)
     assert again.folds[0]["mse"] == got.folds[0]["mse"]
     json.dumps(got.as_dict())
+
+
+def spoiled(seed=1):
+    """Series with holes everywhere, short and long, on rows where folds end too."""
+    x, rng = meters(1500), np.random.default_rng(seed)
+    for length in (1, 2, 5, 12, 30, 70):
+        for at in rng.integers(300, 1500 - length, 6):
+            x[at : at + length, rng.integers(2)] = np.nan
+    x[1188:1212, 0] = np.nan
+    return x
+
+
+def test_look_backs_are_filled_from_rows_before_their_origin():
+    x = spoiled()
+    model = MixLinear(48, 240, 24, 1.0).fit(x[:1050])
+    origins = np.arange(1050, 1450, 7)
+    seen = look_backs(Series(x, ["a", "b"]), origins, model.shape)
+    for origin, rows in zip(origins, seen):
+        assert np.allclose(
+            model.predict(x[:origin]).T, fold.forecast(rows, model.matrix(), None, model.shape), rtol=1e-9
+        )
+    assert np.isfinite(seen).all()
+
+
+def test_what_comes_after_an_origin_changes_no_forecast():
+    x = spoiled()
+    changed = x.copy()
+    changed[1200:] = meters(1500, seed=9)[1200:] * 50 + 3
+    a, b = (backtest(Series(v, ["a", "b"]), MixLinear(48), folds=1) for v in (x, changed))
+    assert (a.model.shape, a.model.alpha, a.model.lpf) == (b.model.shape, b.model.alpha, b.model.lpf)
+    assert np.array_equal(a.model.matrix(), b.model.matrix())
+    until = np.arange(1050, 1201)
+    before, after = (look_backs(Series(v, ["a", "b"]), until, a.model.shape) for v in (x, changed))
+    assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("asked", [{}, {"alpha": 0.3, "lpf": 2}, {"alpha": 0.3}, {"lookback": 250, "period": 24}])
+def test_a_backtest_takes_nothing_from_an_earlier_fit_but_what_was_asked(asked, tmp_path):
+    x = meters(1500)
+    x[1050:] = meters(1500, period=36, seed=4)[1050:]  # with which other settings would be best
+    series = Series(x, ["a", "b"])
+    fresh = backtest(series, MixLinear(48, **asked), folds=2)
+    known = MixLinear(48, **asked).fit(x)
+    known.save(tmp_path / "f.json")
+    for model in (known, MixLinear.load(tmp_path / "f.json")):
+        assert backtest(series, model, folds=2).scores == fresh.scores
+    assert fresh.model.alpha == asked.get("alpha", fresh.model.alpha) and fresh.model.lpf == asked.get(
+        "lpf", fresh.model.lpf
+    )
+    assert fresh.model.shape.lookback == 240 or "lookback" not in asked
+
+
+def test_the_last_fold_is_not_in_the_earlier_bands():
+    x = meters(1500)
+    wild = x.copy()
+    wild[1380:] += 100 * np.random.default_rng(0).normal(size=(120, 2))
+    a, b = (backtest(Series(v, ["a", "b"]), MixLinear(48, 240, 24, 1.0), folds=3) for v in (x, wild))
+    assert np.array_equal(a.earlier, b.earlier) and not np.allclose(a.bands, b.bands)
+    assert backtest(Series(x, ["a", "b"]), MixLinear(48, 240, 24, 1.0), folds=1).earlier is None
+
+
+def test_updates_bridge_missing_rows():
+    x = meters(1500)
+    holes = x.copy()
+    holes[1000], holes[1100:1103, 0], holes[1200:1230, 1] = np.nan, np.nan, np.nan
+    good, got = (MixLinear(48, 240, 24, 1.0).fit(x[:1000]) for _ in range(2))
+    for a, b in ((1000, 1001), (1001, 1101), (1101, 1210), (1210, 1500)):  # the first update is one missing row
+        good.update(x[a:b])
+        got.update(holes[a:b])
+    assert np.isfinite(got.moments.sxx).all() and len(got.moments.tail) == got.shape.window - 1
+    assert np.abs(got.predict(x) - good.predict(x)).max() < 0.1 * x.std(0).max()
+    with pytest.raises(NetsukeError, match="missing"):
+        MixLinear(48, 240, 24, 1.0, missing="error").fit(x[:1000]).update(holes[1000:1001])
 
 
 def test_a_backtest_judges_nobody_by_filled_values():

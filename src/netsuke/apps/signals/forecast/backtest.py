@@ -1,7 +1,8 @@
 """How wrong a forecast was on rows that the forecaster had not seen: rolling origins, bands per step, floors beside it.
 
 The last part of the series is cut into folds. Before each fold the forecaster learns from everything earlier; then it forecasts
-from every origin whose look-back and horizon it can see. Alpha and lpf, when automatic, are chosen before the first fold only.
+from every origin whose look-back and horizon it can see. What is automatic (period, look-back, alpha, lpf) is decided on the rows
+before the first fold, whatever the forecaster was fitted to; gaps of a look-back are filled from the rows before its origin.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 
 from netsuke.apps.signals.forecast import fold
 from netsuke.apps.signals.forecast.floors import FLOORS
-from netsuke.apps.signals.forecast.fold import Array
+from netsuke.apps.signals.forecast.fold import Array, Shape
 from netsuke.apps.signals.forecast.forecaster import MixLinear
-from netsuke.apps.signals.forecast.series import Series, filled
+from netsuke.apps.signals.forecast.series import Neighbours, Series, filled
 from netsuke.errors import NetsukeError
 
 LEVELS = (0.025, 0.1, 0.5, 0.9, 0.975)  # quantiles of the error: bands of 95 % and 80 %
@@ -27,14 +28,16 @@ MOST = 4000  # origins a fold and channel; more are thinned evenly
 
 @dataclass
 class Backtest:
-    """bands (levels, horizon, channels): quantiles of truth - forecast in the series' units
+    """bands (levels, horizon, channels): quantiles of truth - forecast in the series' units; earlier: without the last fold, None
+    where there is one only
     scores   per method {mse, mae}: errors divided by each channel's deviation before the first fold
     folds    [{first, last (rows of origins), mse}];  by_step (horizon): mse of the forecaster
     channels  per name {mse, mae, best floor's mae} in the series' units
-    coverage  {"80 %": …, "95 %": …}: share of the last fold's truth inside bands made of the other folds alone; of 2 folds on
+    coverage  {"80 %": …, "95 %": …}: share of the last fold's truth inside the earlier bands; of 2 folds on
     """
 
     bands: Array
+    earlier: Array | None
     scores: dict[str, dict[str, float]]
     folds: list[dict[str, Any]]
     by_step: Array
@@ -76,22 +79,22 @@ def backtest(
     edges = np.linspace(cut, rows - model.horizon + 1, folds + 1).astype(
         int
     )  # a forecast begins at row e - 1 at the latest
-    chosen, square, wrong, parts = model, [], [], []
+    filled(series, model.missing, None)  # refuses what its policy refuses, before any work
+    chosen, square, wrong, parts = model.as_asked(), [], [], []
     floor_errors: dict[str, list[Array]] = {k: [] for k in FLOORS}
     scale = None
     for k, (first, last) in enumerate(pairwise(edges)):
         if on_fold:
             on_fold(k, folds)
         known = Series(series.values[:first], series.names, series.start, series.step)
-        chosen = (chosen if k == 0 else chosen.like(alpha=chosen.alpha, lpf=chosen.lpf)).like().fit(known)
+        chosen = chosen.like().fit(known)
         s = chosen.shape
         scale = chosen.scale if scale is None else scale
-        values, _ = filled(series, model.missing, s.period)
-        truth = np.isfinite(series.values)
         origins = np.unique(np.linspace(first, last - 1, min(MOST, last - first)).astype(int))
-        seen = np.lib.stride_tricks.sliding_window_view(values, s.lookback + s.horizon, 0)[origins - s.lookback]
-        there = np.lib.stride_tricks.sliding_window_view(truth, s.horizon, 0)[origins]  # filled values judge nobody
-        x, y = seen[..., : s.lookback], np.where(there, seen[..., s.lookback :], np.nan)  # (origins, channels, …)
+        x = look_backs(series, origins, s)
+        y = np.lib.stride_tricks.sliding_window_view(series.values, s.horizon, 0)[
+            origins
+        ]  # what is missing judges nobody
         error = y - fold.forecast(x, chosen.matrix(), chosen.weights.kernel, s)
         wrong.append(error)
         for name, floor in FLOORS.items():
@@ -113,14 +116,30 @@ def backtest(
         }
         for c, n in enumerate(series.names)
     }  # fmt: skip
-    bands = np.nanquantile(error, LEVELS, axis=0).transpose(0, 2, 1)
-    coverage = _coverage(wrong[:-1], wrong[-1]) if folds > 1 else {}
+    earlier = _bands(np.concatenate(wrong[:-1])) if folds > 1 else None
+    coverage = {} if earlier is None else _coverage(earlier, wrong[-1].transpose(0, 2, 1))
     by_step = np.nanmean((error / scale[:, None]) ** 2, axis=(0, 1))
-    return Backtest(bands, scores, parts, by_step, channels, coverage, chosen)
+    return Backtest(_bands(error), earlier, scores, parts, by_step, channels, coverage, chosen)
 
 
-def _coverage(before: list[Array], last: Array) -> dict[str, float]:
-    q = np.nanquantile(np.concatenate(before), LEVELS, axis=0)
+def look_backs(series: Series, origins: Array, shape: Shape) -> Array:
+    """(origins, channels, lookback): the rows before each origin, filled as `predict` would there, from earlier rows alone."""
+    x = np.lib.stride_tricks.sliding_window_view(series.values, shape.lookback, 0)[origins - shape.lookback]
+    for channel in range(x.shape[1]):
+        at, step = np.nonzero(np.isnan(x[:, channel]))
+        if len(at):
+            around = Neighbours(series.values[:, channel], shape.period)
+            x[at, channel, step] = around.fill(origins[at] - shape.lookback + step, origins[at])
+    return x
+
+
+def _bands(error: Array) -> Array:
+    """(levels, horizon, channels) of errors (origins, channels, horizon)."""
+    return np.nanquantile(error, LEVELS, axis=0).transpose(0, 2, 1)
+
+
+def _coverage(q: Array, last: Array) -> dict[str, float]:
+    """Shares of errors (origins, horizon, channels) inside bands q (levels, horizon, channels)."""
     known = np.isfinite(last)
     inside = {name: (last >= q[k]) & (last <= q[-1 - k]) for name, k in (("95 %", 0), ("80 %", 1))}
     return {name: float(v[known].mean()) for name, v in inside.items()}

@@ -42,13 +42,14 @@ def register(app: typer.Typer) -> None:
 def fit(
     data: Data, horizon: Horizon = None, lookback: Lookback = "auto", period: Period = "auto", alpha: Alpha = "auto",
     lpf: Lpf = "auto", method: Method = "moments", columns: Columns = None, missing: Missing = "fill", seed: Seed = 0,
+    forget: Annotated[float, typer.Option(help="factor per row with which old rows fade, on the chip too; 1: never")] = 1.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="the forecaster")] = Path("forecast.json"),
     to_c: Annotated[Path | None, typer.Option("--to-c", help="a folder of C99 as well")] = None,
     weights: Annotated[str, typer.Option(help="of the C: float32 or int8")] = "float32",
     updating: Annotated[bool, typer.Option("--updating", help="C that learns on; needs --alpha 1")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    series, model = _open(data, horizon, lookback, period, alpha, lpf, method, columns, missing, seed)
+    series, model = _open(data, horizon, lookback, period, alpha, lpf, method, columns, missing, seed, forget)
     with _bar("training") as step:
         model.fit(series, on_step=step)
     model.save(output)
@@ -90,7 +91,7 @@ def predict(
         write_atomically(output, lambda f: f.write(table.encode()))
     if plot is not None:
         with _bar("backtest") as step:
-            found = past.backtest(series, made.like(), on_fold=step)
+            found = past.backtest(series, made, on_fold=step)
         draw(series, ahead, found.bands, plot)
     if as_json:
         rows = {n: ahead[:, k].tolist() for k, n in enumerate(series.names)}
@@ -121,7 +122,7 @@ def backtest(
     if plot is not None:
         cut = len(series.values) - got.model.horizon
         before = Series(series.values[:cut], series.names, series.start, series.step)
-        draw(before, got.model.predict(before), got.bands, plot)
+        draw(before, got.model.predict(before), got.earlier, plot)
     if as_json:
         print(json.dumps(got.as_dict()))
         return
@@ -146,7 +147,7 @@ def backtest(
 
 def _open(
     data: Path, horizon: int | None, lookback: str, period: str, alpha: str, lpf: str, method: str, columns: str | None,
-    missing: str, seed: int,
+    missing: str, seed: int, forget: float = 1.0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(series, forecaster that has not learned yet)"""
     from netsuke.apps.signals.forecast.forecaster import MixLinear
@@ -156,7 +157,7 @@ def _open(
         raise NetsukeError("forecast", "nothing says how many rows", "", "--horizon 96")
     made = MixLinear(
         horizon, _count("--lookback", lookback), _count("--period", period), _share(alpha), _count("--lpf", lpf),
-        method=method, missing=missing, seed=seed,
+        method=method, forget=forget, missing=missing, seed=seed,
     )  # fmt: skip
     return read(data, _names(columns)), made
 
@@ -189,7 +190,8 @@ def _facts(model: Any) -> dict[str, Any]:
     s = model.shape
     return {
         "horizon": s.horizon, "lookback": s.lookback, "period": s.period, "alpha": model.alpha, "lpf": model.lpf,
-        "method": model.method, "parameters": model.n_parameters(), "channels": model.names, "notes": model.notes,
+        "method": model.method, "forget": model.forget, "parameters": model.n_parameters(), "channels": model.names,
+        "notes": model.notes,
     }  # fmt: skip
 
 
@@ -201,6 +203,12 @@ def _said(model: Any, before: str, c: dict[str, Any] | None) -> list[str]:
         out.append(
             f"  C: {c['weights']} bytes of weights, {c['ram_per_channel']} bytes of RAM a channel, {c['macs']} MACs"
         )
+        if c["updating"]:
+            kept = ", ".join(f"{n} bytes with {k} channel{'s' * (k != '1')}" for k, n in c["state"].items())
+            out.append(
+                f"  learning: keeps {kept} ({c['moments']} of moments, {c['window_per_channel']} of last rows a channel), "
+                f"and {c['scratch']} while it forecasts"
+            )
     return out
 
 

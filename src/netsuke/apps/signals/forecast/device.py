@@ -96,7 +96,8 @@ def write_forecaster(
 ) -> dict[str, Any]:
     """Writes the folder `out` and returns its forecast.json: bytes of weights, of RAM, and the multiply-accumulates.
 
-    updating   with NAME_push and NAME_refit: the time path is learned on from new rows; alpha must be 1, without smoothing
+    updating   with NAME_push and NAME_refit: the time path is learned on from new rows, beginning with the moments of `fit`
+               (in flash and in RAM); alpha must be 1, without smoothing
     The folder is complete or not there; one written before is replaced. Raises NetsukeError for names that C does not take,
     for anything else at `out`, and for forecasters that the chip cannot update.
     """
@@ -105,7 +106,8 @@ def write_forecaster(
         raise NetsukeError(asked, f"the name {name!r} is no prefix of C functions", "lower-case letters, digits, _")
     if weights not in KINDS:
         raise NetsukeError(asked, f"weights of the kind {weights!r}", ", ".join(KINDS))
-    if updating and (model.alpha != 1 or model.weights.kernel is not None or weights != "float32"):
+    plain = model.moments is not None and model.weights.kernel is None
+    if updating and (model.alpha != 1 or not plain or weights != "float32"):
         raise NetsukeError(
             asked, f"alpha is {model.alpha:g}, weights are {weights}, the method is {model.method!r}",
             "alpha 1, float32 and moments where the chip learns: it refines the time path only", "fit with --alpha 1",
@@ -146,20 +148,37 @@ def _view(model: MixLinear, name: str, weights: str, updating: bool) -> tuple[di
         "ram_per_channel": 4 * (s.lookback + s.horizon), "macs": fold.macs(s, kernel is not None),
     }  # fmt: skip
     if updating:
-        facts["moments"] = 4 * (s.n * (s.n + 1) // 2 + s.n * s.m)
-        facts["window_per_channel"] = 4 * s.window
+        sxx, sxy = model.moments.sxx[np.tril_indices(s.n)], model.moments.sxy
+        view |= {"sxx": sxx.astype(np.float32), "sxy": sxy.astype(np.float32)}
+        facts |= state_bytes(s, len(model.names))
     return view, facts
 
 
+def state_bytes(shape: fold.Shape, channels: int) -> dict[str, Any]:
+    """RAM of firmware that learns: the shared sums `moments`, `window_per_channel` (last rows, and how many there are), `state`
+    by number of channels (sums, windows and the factors that are refined), and `scratch` of one forecast."""
+    n, m = shape.n, shape.m
+    moments, window, factors = 4 * (n * (n + 1) // 2 + n * m), 4 * shape.window + 4, 8 * shape.q * shape.p
+    state = {str(c): moments + factors + c * window for c in sorted({1, channels})}
+    return {"moments": moments, "window_per_channel": window, "state": state, "scratch": 4 * shape.lookback}
+
+
 def run_on_board(
-    folder: Path, core: EmulatedBoard | str, x: Array, rows: Array | None = None, *, optimise: str = "-O2"
+    folder: Path,
+    core: EmulatedBoard | str,
+    x: Array,
+    rows: Array | None = None,
+    *,
+    every: int = 0,
+    optimise: str = "-O2",
 ) -> dict[str, Any]:
     """Builds a folder for a board ("m4", "m7") and forecasts from look-backs x (n, lookback); with `rows` (T, channels) a
     folder with updating then learns from them, refits and forecasts every channel.
 
     Returns {outputs (n, horizon), instructions (per forecast), stack_peak, flash and ram (bytes of the forecaster
     and its look-back and forecast, without the board's start-up code and the C library)}, and with rows {forecasts (channels,
-    horizon), state: [sxx, sxy, across, inside], push, refit: instructions}.
+    horizon), state: [sxx, sxy, across, inside], push, refit: instructions}. With `every` it refits after that many rows, again
+    and again, and there is {factors (refits, 2, q, p): across and inside after each}; push then holds its share of them.
     """
     from netsuke.devices.board import EmulatedBoard
     from netsuke.export.c.emulate import ROOM
@@ -173,7 +192,7 @@ def run_on_board(
     with tempfile.TemporaryDirectory(prefix="netsuke-forecast-") as temporary:
         main = Path(temporary) / "board_main.c"
         main.write_text(render("board_main.c.j2", name=name, shape=shape, updating=updating,
-                               channels=facts["channels"], sweeps=SWEEPS))  # fmt: skip
+                               channels=facts["channels"], sweeps=SWEEPS, every=every))  # fmt: skip
         sources = [main, folder / f"src/{name}.c", folder / "src/ns_forecast.c"]
         firmware = board.build(sources, Path(temporary) / "out", include=[folder / "src"], optimise=optimise)
         own = [p for part, p in firmware.parts.items() if part in ("board_main", name, "ns_forecast")]
@@ -195,6 +214,8 @@ def run_on_board(
             ends = np.cumsum([n * (n + 1) // 2, n * m, shape.q * shape.p])
             sxx, sxy, across, inside = np.split(np.frombuffer(run.files["state.bin"], np.float32), ends)
             state = [sxx, sxy.reshape(n, m), across.reshape(factor), inside.reshape(factor)]
+            if every:
+                out["factors"] = np.frombuffer(run.files["factors.bin"], np.float32).reshape(-1, 2, *factor)
             out |= {"forecasts": y[len(x) :], "push": counts["push"][0], "refit": counts["refit"][0], "state": state}
     return out
 

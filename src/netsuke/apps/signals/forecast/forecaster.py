@@ -99,6 +99,8 @@ class MixLinear:
             raise NetsukeError(
                 asked, f"forget is {self.forget:g}", "above 0, at most 1 (nothing fades); 0.9999 is slow"
             )
+        if self.forget < 1 and self.method == "adam":
+            raise NetsukeError(asked, "Adam weighs all rows alike", "forget 1 with it", 'method "moments"')
 
     def fit(self, x: Array | Series, on_step: Callable[[int, int], None] | None = None) -> MixLinear:
         """Learns from (T,) or (T, channels), or a Series. Returns itself; `notes` says what was decided. NetsukeError for
@@ -169,7 +171,7 @@ class MixLinear:
         bins = sorted({1, *(max(1, round(n * k)) for k in (0.1, 0.2, 0.35, 0.51))}) if lpf == "auto" else (lpf,)
         if len(alphas) * len(bins) == 1:
             return alphas[0], int(bins[0])
-        seen, later = (Moments(self.shape, scaled.shape[1]) for _ in range(2))
+        seen, later = (Moments(self.shape, scaled.shape[1], f) for f in (self.forget, 1.0))
         windows = seen.update(scaled[:cut])
         later.update(scaled[max(0, cut - self.shape.lookback) :])
         if not windows:
@@ -225,16 +227,20 @@ class MixLinear:
 
     def update(self, rows: Array | Series) -> MixLinear:
         """Learns from the rows that follow those seen last, exactly as if the moments had been taken of all; the time path
-        goes on from where it is. Raises NetsukeError for another number of channels and after Adam."""
+        goes on from where it is. Missing values are filled from these rows and those of the last window before them. Raises
+        NetsukeError for another number of channels and after Adam."""
         self._fitted("update")
         if self.moments is None:
             raise NetsukeError("update the forecaster", "it was trained by Adam", 'method "moments"', "fit it again")
         series = rows if isinstance(rows, Series) else from_array(rows)
         if series.values.shape[1] != len(self.names):
             raise NetsukeError("update", f"the rows have {series.values.shape[1]} channels", f"{len(self.names)}")
-        values, _ = filled(series, self.missing, self.shape.period)
+        if self.missing == "error":
+            filled(series, self.missing, None)
         mo, s, w = self.moments, self.shape, self.weights
-        if mo.update(values / self.scale):
+        known = np.concatenate([mo.tail * self.scale, series.values])  # a gap may begin with the first of the new rows
+        values, _ = filled(Series(known, self.names), self.missing, s.period)
+        if mo.update(values[len(mo.tail) :] / self.scale):
             if self.alpha > 0:
                 w.a1, w.a2 = fit_time(mo.sxx, mo.sxy, s, sweeps=30, start=(w.a1, w.a2))
             if self.alpha < 1:
@@ -249,10 +255,14 @@ class MixLinear:
         frequency = (2 * self.lpf + 2 * s.m) * (2 if real else 1) if self.alpha < 1 else 0
         return time + frequency + (0 if self.weights.kernel is None else len(self.weights.kernel))
 
-    def like(self, **changes: Any) -> MixLinear:
-        """A fresh forecaster with the decided settings, for backtests."""
+    def like(self) -> MixLinear:
+        """A fresh forecaster with the settings that `fit` decided on."""
         own = {"lookback": self.shape.lookback, "period": self.shape.period} if self.shape else {}
-        return replace(self, **(own | changes))
+        return replace(self, **own)
+
+    def as_asked(self) -> MixLinear:
+        """A fresh forecaster with the settings that were asked for: nothing in it comes from data."""
+        return replace(self, alpha=self.asked[0], lpf=self.asked[1])
 
     def save(self, path: Path | str) -> None:
         """Writes the forecaster as JSON, some kilobytes."""

@@ -62,6 +62,13 @@ class Moments:
         self.tail = x[-(self.shape.window - 1) :].copy()
         return max(windows, 0)
 
+    def on_chip(self) -> Moments:
+        """A copy as generated firmware starts: the sums in single precision, and none of the last rows."""
+        out = Moments(self.shape, self.channels, self.forget)
+        out.sxx, out.sxy = self.sxx.astype(np.float32).astype(float), self.sxy.astype(np.float32).astype(float)
+        out.syy, out.weight = self.syy, self.weight
+        return out
+
     def _fade(self, factor: float) -> None:
         self.sxx *= factor
         self.sxy *= factor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import numpy as np
 from netsuke.apps.signals.forecast.fold import Array
 from netsuke.apps.signals.forecast.series import Series
 from netsuke.errors import NetsukeError
+from netsuke.models.files import write_atomically
 
 MOST = 8  # channels in one picture
 KINDS = (".svg", ".png", ".pdf")
@@ -54,18 +53,10 @@ def draw(series: Series, forecast: Array, bands: Array | None, path: Path) -> No
     panels[-1].tick_params(axis="x", labelsize=8, labelrotation=20 if series.start else 0)
     if len(series.names) > shown:
         figure.supxlabel(f"the first {shown} of {len(series.names)} channels", fontsize=8)
-    try:
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-    except OSError as e:
-        raise NetsukeError(f"write {path.name}", e.strerror or str(e), "an existing, writable folder") from None
-    try:
-        figure.savefig(part, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    kind = path.suffix.lower()
+    write_atomically(
+        path, lambda f: figure.savefig(f, format=kind[1:], metadata={"Date": None} if kind == ".svg" else None)
+    )
 
 
 def _times(series: Series, first: int, last: int) -> Array:

@@ -208,23 +208,45 @@ def filled(series: Series, policy: str, period: int | None) -> tuple[Array, int]
                 asked, f"{share:.0%} of the column {name!r} is missing", f"at most {LARGEST_SHARE:.0%}",
                 "leave the column out",
             )  # fmt: skip
-        x[:, k] = _fill(x[:, k], max(1, (period or 4) // 4), period)
+        rows = np.flatnonzero(hole[:, k])
+        x[rows, k] = Neighbours(x[:, k], period).fill(rows, np.full(len(rows), len(x)))
     return x, int(hole.sum())
 
 
-def _fill(x: Array, short: int, period: int | None) -> Array:
-    out, known = x.copy(), np.flatnonzero(~np.isnan(x))
-    line = np.interp(np.arange(len(x)), known, x[known])
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.isnan(x).astype(int), [0]])))
-    for a, b in zip(edges[::2], edges[1::2]):
-        inner = a > 0 and b < len(x)
-        for row in range(a, b):
-            near = [] if period is None or (inner and b - a <= short) else _same_phase(x, row, period)
-            out[row] = np.mean(near) if near else line[row]
-    return out
+class Neighbours:
+    """The known values around each row of a column x (T,) with NaN: the nearest ones, and the nearest of its phase."""
+
+    def __init__(self, x: Array, period: int | None):
+        self.x, known = x, ~np.isnan(x)
+        self.short = max(1, (period or 4) // 4)
+        self.near = _nearest(known, 1)
+        self.phase = None if period is None else _nearest(known, period)
+
+    def fill(self, rows: Array, ends: Array) -> Array:
+        """Values of the missing `rows`, each from known values before its row of `ends` (same length) alone: what `filled`
+        gives for x[:end]. NaN where there is none."""
+        before, after = (k[rows] for k in self.near)
+        low, high = self._value(before), self._value(np.where(after < ends, after, -1))
+        line = low + (high - low) * (rows - before) / (after - before)
+        inner = np.isfinite(line)
+        line = np.where(inner, line, np.where(np.isfinite(low), low, high))
+        if self.phase is None:
+            return line
+        before_, after_ = (k[rows] for k in self.phase)
+        low, high = self._value(before_), self._value(np.where(after_ < ends, after_, -1))
+        phase = np.where(np.isnan(low), high, np.where(np.isnan(high), low, (low + high) / 2))
+        bridged = (inner & (after - before - 1 <= self.short)) | np.isnan(phase)
+        return np.where(bridged, line, phase)
+
+    def _value(self, at: Array) -> Array:
+        return np.where(at < 0, np.nan, self.x[at])
 
 
-def _same_phase(x: Array, row: int, period: int) -> list[float]:
-    before, after = x[row % period : row : period], x[row + period :: period]
-    before, after = before[~np.isnan(before)], after[~np.isnan(after)]
-    return [*before[-1:], *after[:1]]
+def _nearest(known: Array, step: int) -> tuple[Array, Array]:
+    """Rows of the nearest known values whole `step`s before (-1: none) and after (len(known): none) each row, or itself."""
+    total = len(known)
+    at = np.arange(-(-total // step) * step)
+    there = np.concatenate([known, np.zeros(len(at) - total, bool)])
+    before = np.maximum.accumulate(np.where(there, at, -1).reshape(-1, step))
+    after = np.minimum.accumulate(np.where(there, at, total).reshape(-1, step)[::-1])[::-1]
+    return before.reshape(-1)[:total], after.reshape(-1)[:total]

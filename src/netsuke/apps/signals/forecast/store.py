@@ -30,6 +30,15 @@ class _Moments(msgspec.Struct):
     tail: list[list[float]]
 
 
+class _Asked(msgspec.Struct):
+    """Settings before `fit` decided: what a backtest of the same data may start from."""
+
+    lookback: int | str
+    period: int | str
+    alpha: float | str
+    lpf: int | str
+
+
 class _File(msgspec.Struct):
     format: str
     version: int
@@ -50,6 +59,7 @@ class _File(msgspec.Struct):
     w2: list[list[list[float]]]
     kernel: list[float] | None
     moments: _Moments | None
+    asked: _Asked | None = None
 
 
 def save(model: MixLinear, path: Path) -> None:
@@ -63,6 +73,7 @@ def save(model: MixLinear, path: Path) -> None:
         "alpha": model.alpha, "lpf": model.lpf, "method": model.method, "forget": model.forget, "missing": model.missing,
         "names": model.names, "notes": model.notes, "scale": model.scale, "a1": w.a1, "a2": w.a2, "w1": _pairs(w.w1),
         "w2": _pairs(w.w2), "kernel": w.kernel, "moments": held,
+        "asked": dict(zip(_Asked.__struct_fields__, (model.lookback, model.period, *model.asked))),
     }  # fmt: skip
     text = json.dumps(out, default=lambda v: np.asarray(v).tolist(), allow_nan=False) + "\n"
     write_atomically(path, lambda f: f.write(text.encode()))
@@ -88,9 +99,12 @@ def load(path: Path) -> MixLinear:
     s, channels = Shape(f.lookback, f.horizon, f.period), len(f.names)
     if f.method not in METHODS or f.lookback % f.period or not 2 <= s.n <= LARGEST_N or f.lpf > s.n or s.m > LARGEST:
         raise NetsukeError(asked, "its settings do not fit together", "the file as it was written")
+    wanted = f.asked or _Asked(f.lookback, f.period, f.alpha, f.lpf)
     model = MixLinear(
-        f.horizon, f.lookback, f.period, f.alpha, f.lpf, method=f.method, forget=f.forget, missing=f.missing
-    )
+        f.horizon, wanted.lookback, wanted.period, wanted.alpha, wanted.lpf, method=f.method, forget=f.forget,
+        missing=f.missing,
+    )  # fmt: skip
+    model.alpha, model.lpf = f.alpha, f.lpf
 
     def array(name: str, value: Any, *shape: int) -> Array:
         try:
