@@ -118,7 +118,7 @@ def test_contributions_are_differences_of_accuracies():
     got = contributions(
         residual_network(), lambda p: table[p.n_bias, tuple(p.weights.items())], (2, 5), (1, 8), (0.5, 1.0)
     )
-    assert {k: round(v, 6) for k, v in got.bias.items()} == {2: 0.1, 5: 0.2}
+    assert {k: round(v, 6) for k, v in got.bias.items()} == {0: 0.0, 2: 0.1, 5: 0.2}
     assert {k: round(v, 6) for k, v in got.weight.items()} == {(8, 0.5): 0.05, (8, 1.0): 0.02}
 
 

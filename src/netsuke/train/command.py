@@ -41,6 +41,7 @@ def register(app: typer.Typer) -> None:
             print(json.dumps(got))
             return
         memory, table = got["memory"], Table("", "value")
+        table.add_row("accuracy on test data, one answer for all", f"{got['floor']:.1%}")
         table.add_row("accuracy on test data, head alone", f"{got['before']:.1%}")
         table.add_row("accuracy on test data, by the plan", f"{got['after']:.1%}")
         table.add_row("arena", format_bytes(memory["arena"]))

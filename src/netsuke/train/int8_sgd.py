@@ -35,6 +35,11 @@ from netsuke.graph.update_plan import UpdatePlan, first_op, head, kept_channels,
 
 Storage = Literal["copies", "stochastic", "truncate"]
 DIVERGED = 1e4  # a mean loss: logits of int8 codes give at most a few hundred, and a float head may recover from more
+ASKED = 128  # training samples that a network trained on the chip has to tell apart
+
+
+class Diverged(NetsukeError):
+    """Training ran away: what is left answers nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,6 @@ class Int8SGD:
     epochs: int = 20
     warmup: float = 0.1  # share of the run; the released 5 of 50 epochs
     batch: int = 64
-    momentum: float = 0.0  # costs a state per weight
     scaled: bool = True
     storage: Storage = "copies"
     head: Literal["float", "int8"] = "float"
@@ -144,13 +148,12 @@ def train(
 ) -> Trained:
     """Trains on `cut`, the codes at `first_op(graph, plan)` of every image (`simulate.features`), and int64 labels.
 
-    Raises NetsukeError when the loss grows without bound. `graph` itself is not changed.
+    Raises Diverged when the loss grows without bound. `graph` itself is not changed.
     """
     module = module_for(graph, knobs, classes)
     scale = factors(graph, knobs, classes)
     rng, dice = np.random.default_rng(knobs.seed), torch.Generator().manual_seed(knobs.seed)
     data, target = [torch.from_numpy(x) for x in cut], torch.from_numpy(labels)
-    speed: dict[str, Tensor] = {}
     steps, done = knobs.epochs * math.ceil(len(labels) / knobs.batch), 0
     trained = Trained(module)
     for epoch in range(knobs.epochs):
@@ -164,12 +167,12 @@ def train(
             with torch.no_grad():
                 for name, p in module.named_parameters():
                     if p.requires_grad and p.grad is not None:
-                        _step(name, p, share, knobs, scale, speed, dice)
+                        _step(name, p, share, knobs, scale, dice)
             losses.append(float(loss.detach()))
             done += 1
         trained.losses.append(float(np.mean(losses)))
         if not trained.losses[-1] < DIVERGED:
-            raise NetsukeError(
+            raise Diverged(
                 f"train {graph.name}", f"the loss became {trained.losses[-1]:g} in epoch {epoch + 1}", "one that falls",
                 f"a rate below {knobs.rate:g}", code=1,
             )  # fmt: skip
@@ -186,15 +189,11 @@ def schedule(progress: float, warmup: float) -> float:
 
 
 def _step(
-    name: str, p: nn.Parameter, share: float, knobs: Int8SGD, scale: dict[str, Tensor], speed: dict[str, Tensor],
-    dice: torch.Generator,
-) -> None:  # fmt: skip
+    name: str, p: nn.Parameter, share: float, knobs: Int8SGD, scale: dict[str, Tensor], dice: torch.Generator
+) -> None:
     key = name.rsplit(".", 1)[-1]
     codes = key in scale  # else a parameter of the float head
     g = p.grad * scale[key] if codes else p.grad
-    if knobs.momentum:
-        speed[name] = knobs.momentum * speed[name] + g if name in speed else g
-        g = speed[name]
     full = knobs.rate if codes or knobs.head_rate is None else knobs.head_rate
     change = full * share * g
     if not codes or knobs.storage == "copies":
@@ -248,6 +247,8 @@ def on_chip(
     """One image at a time through the kernels that the chip runs: integers forward, float32 back, codes updated in place.
 
     The rate falls as a cosine over the run. What lies before the first trained layer comes as `cut`, as in `train`.
+    Raises Diverged when the trained network gives all training samples the same answer: on the chip no loss grows without
+    bound, since codes saturate and their softmax is a table, but channels that stand at an end pass no gradient and stay there.
     """
     from netsuke.graph.host import HostProgram
 
@@ -273,6 +274,16 @@ def on_chip(
     for index, values in trained_constants(compiled, program.variables()).items():
         if index < len(out.tensors):  # all but the step counter
             out.tensors[index].data = values
+    rows = np.unique(np.linspace(0, len(labels) - 1, ASKED).astype(int))
+    logits = HostProgram(suffix(out, start)).run(*(x[rows] for x in cut))[0].reshape(len(rows), -1)
+    given = np.unique(logits.argmax(1))
+    if len(given) == 1 and len(np.unique(labels[rows])) > 1:
+        raise Diverged(
+            f"train {graph.name} on the chip at the rate {rate:g}",
+            f"every sample gets the answer {given[0]} after {epochs} epochs, mean loss {losses[0]:.2f} in the first and "
+            f"{losses[-1]:.2f} in the last", "answers that differ",
+            f"a rate below {rate:g}, or more epochs if the loss still falls", code=1,
+        )  # fmt: skip
     return OnChip(losses, out)
 
 

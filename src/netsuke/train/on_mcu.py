@@ -27,8 +27,8 @@ from netsuke.graph.update_plan import UpdatePlan, first_op, layers
 from netsuke.models.artifact import check_writable
 from netsuke.models.files import write_atomically
 from netsuke.tasks.network import NetworkTask, network_task
-from netsuke.train.int8_sgd import on_chip
-from netsuke.train.sparse_update import contributions, search
+from netsuke.train.int8_sgd import Diverged, on_chip
+from netsuke.train.sparse_update import contributions, extra_bytes, search
 
 STACK = 2048  # bytes
 SEARCH_EPOCHS, SEARCH_SAMPLES = 2, 400  # of the short trainings that measure contributions
@@ -62,23 +62,21 @@ class OnMCU:
 
     def run(self, plan: str | None) -> dict[str, Any]:
         self.labels = {s: self.task.labels(s) for s in ("train", "validation", "test")}
-        chosen = UpdatePlan.from_json(Path(plan)) if plan else self.searched()
-        chosen.check(self.graph)
-        arena, variables, _ = training_memory(self.graph, chosen, self.classes)
-        need = arena.size + variables + STACK
-        if need > self.sram:
-            names = [f"{self.name(i, chosen)} {format_bytes(n)}" for i, n in arena.live(arena.peak_op)[:5]]
-            raise NetsukeError(
-                f"train {self.model} within {format_bytes(self.sram)}",
-                f"a step needs {format_bytes(need)}; largest at the peak: {', '.join(names)}",
-                attempt=f"--sram {need}, or a plan with fewer layers (leave --plan out to have one searched)", code=1,
-            )  # fmt: skip
+        if plan:
+            chosen = UpdatePlan.from_json(Path(plan)).check(self.graph)
+            arena, variables = self.fitting(chosen, "a plan with fewer layers (leave --plan out to have one searched)")
+        else:
+            self.fitting(UpdatePlan(0), "a smaller network: no plan needs less than the head alone")
+            chosen = self.searched()
+            arena, variables, _ = training_memory(self.graph, chosen, self.classes)
         head = self.trained(UpdatePlan(0), "training the head alone")
-        whole = self.trained(chosen, "training by the plan") if chosen != UpdatePlan(0) else head
+        whole = self.trained(chosen, "training by the plan") if chosen.n_bias else head
         before, after = self.accuracy(head, "test"), self.accuracy(whole, "test")
+        floor = float(np.bincount(self.labels["test"]).max() / len(self.labels["test"]))
         facts = {
             "accuracy_test": after,
             "accuracy_test_head_alone": before,
+            "accuracy_test_constant_answer": floor,
             "arena": arena.size,
             "trained_bytes": variables,
         }
@@ -89,9 +87,25 @@ class OnMCU:
         return {
             "model": self.model, "data": self.task.facts(), "classes": self.classes,
             "plan": chosen.to_json(), "plan_file": str(beside),
-            "memory": {"arena": arena.size, "trained": variables, "stack": STACK, "total": need, "limit": self.sram},
-            "metric": "accuracy", "before": before, "after": after, "epochs": self.epochs, "artifact": str(self.out),
+            "memory": {"arena": arena.size, "trained": variables, "stack": STACK, "total": arena.size + variables + STACK,
+                       "limit": self.sram},
+            "metric": "accuracy", "floor": floor, "before": before, "after": after, "epochs": self.epochs,
+            "artifact": str(self.out),
         }  # fmt: skip
+
+    def fitting(self, plan: UpdatePlan, remedy: str) -> tuple[Arena, int]:
+        """(arena, bytes of trained weights) of a plan. Raises NetsukeError when a step does not fit the user's memory."""
+        arena, variables, _ = training_memory(self.graph, plan, self.classes)
+        need = arena.size + variables + STACK
+        if need > self.sram:
+            names = [f"{self.name(i, plan)} {format_bytes(n)}" for i, n in arena.live(arena.peak_op)[:5]]
+            raise NetsukeError(
+                f"train {self.model} within {format_bytes(self.sram)}",
+                f"a step{'' if plan.n_bias else ' of the head alone'} needs {format_bytes(need)}; largest at the peak: "
+                f"{', '.join(names)}",
+                attempt=f"--sram {need}, or {remedy}", code=1,
+            )  # fmt: skip
+        return arena, variables
 
     def name(self, tensor: int, plan: UpdatePlan) -> str:
         return "scratch" if tensor < 0 else training_graph(self.graph, plan, self.classes).tensors[tensor].name
@@ -117,14 +131,14 @@ class OnMCU:
         return self._kept[1]
 
     def accuracy(self, graph: QGraph, split: str) -> float:
-        got = HostProgram(graph).run(self.task.codes(split))[0]
-        return float((got.reshape(len(got), -1).argmax(1) == self.labels[split]).mean())
+        program = HostProgram(graph)
+        return self.task.score(lambda codes: program.run(codes)[0], split, graph)
 
     def searched(self) -> UpdatePlan:
         """Contribution analysis on train and validation samples, then the allocator within the memory."""
         n = len(layers(self.graph))
-        depths = sorted({max(round(n * s), 1) for s in DEPTHS})
-        deepest = depths[-1]
+        depths = sorted({min(max(round(n * s), 1), n) for s in DEPTHS} - {0})  # none in a network that is a head alone
+        deepest = max(depths, default=0)
         # the layers that give most per byte are the ones with a small input and a large output: every third in such networks
         pointwise = [
             i for i, k in enumerate(layers(self.graph)) if self.graph.ops[k].kind != "depthwise2d" and i >= n - deepest
@@ -136,15 +150,19 @@ class OnMCU:
             nonlocal done
             self.on_progress("what each layer's update gives", done, total)
             done += 1
-            return self.accuracy(
-                self.trained(plan, "what each layer's update gives", SEARCH_SAMPLES, SEARCH_EPOCHS), "validation"
-            )
+            try:
+                short = self.trained(plan, "what each layer's update gives", SEARCH_SAMPLES, SEARCH_EPOCHS)
+            except Diverged:
+                if not plan.n_bias:
+                    raise  # nothing trains at this rate
+                return 0.0
+            return self.accuracy(short, "validation")
 
         gains = contributions(self.graph, accuracy, depths, candidates, ratios=(1.0,))
-        limit = float(self.sram)
+        limit, least = float(self.sram), extra_bytes(self.graph, UpdatePlan(0))
         while True:
             plan = search(self.graph, gains, limit)
             arena, variables, _ = training_memory(self.graph, plan, self.classes)
-            if arena.size + variables + STACK <= self.sram or plan == UpdatePlan(0):
+            if arena.size + variables + STACK <= self.sram or not plan.n_bias:
                 return plan
-            limit *= SHRINK
+            limit = max(limit * SHRINK, least)  # at `least` the head alone is what is left

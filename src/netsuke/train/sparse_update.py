@@ -76,11 +76,13 @@ def contributions(
 ) -> Contributions:
     """Measures gains by training: `accuracy(plan)` is asked once per plan, on data that is not the test split.
 
-    depths      numbers of bias layers to try; candidates  layers whose weights are tried, each alone
+    depths      numbers of bias layers to try, beside 0, the head alone; candidates  layers whose weights are tried, each alone
     """
+    if not depths:
+        return Contributions({0: 0.0}, {})
     n = len(layers(graph))
     base, deepest = accuracy(UpdatePlan(0)), max(depths)
-    bias = {k: accuracy(UpdatePlan(k)) - base for k in depths}
+    bias = {0: 0.0} | {k: accuracy(UpdatePlan(k)) - base for k in depths}
     biases = bias[deepest] + base
     weight = {
         (i, r): accuracy(UpdatePlan(deepest, {i: r})) - biases for i in candidates if i >= n - deepest for r in ratios
