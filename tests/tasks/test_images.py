@@ -5,12 +5,11 @@ import zipfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from netsuke.errors import NetsukeError
-from netsuke.tasks.base import Task
-from netsuke.tasks.images import ImageClassification, Images, by_pupil, pupils, read_images, write_samples
+from netsuke.tasks import images as images_module
+from netsuke.tasks.images import Images, by_pupil, pupils, read_images
 
 
 def picture(colour: tuple[int, int, int], width: int = 10, height: int = 8) -> bytes:
@@ -68,6 +67,47 @@ def test_what_is_no_archive(tmp_path):
         read_images(tmp_path / "b.zip", 8)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # a spoiled size: refused by the next line
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "BMP"])
+def test_spoiled_pictures_are_one_sentence_or_read(tmp_path, suffix):
+    """Every byte of a small picture spoiled once: a sentence that names the file, or an image, never a traceback."""
+    out = io.BytesIO()
+    Image.effect_noise((12, 9), 40).convert("RGB").save(out, suffix)
+    whole, refused = out.getvalue(), 0
+    for k in range(0, len(whole), max(len(whole) // 250, 1)):
+        data = whole[:k] + bytes([whole[k] ^ 0xFF]) + whole[k + 1 :]
+        try:
+            assert images_module.decode(data, 8, "red/1").shape == (8, 8, 3)
+        except NetsukeError as e:
+            assert "red/1" in str(e) and "\n" not in str(e)
+            refused += 1
+    assert refused > 0
+
+
+def test_spoiled_deflate_streams_are_one_sentence(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("red/1.bmp", bytes(5000))
+    data = bytearray(path.read_bytes())
+    at = 30 + len("red/1.bmp")
+    data[at : at + 6] = b"\xff" * 6
+    path.write_bytes(data)
+    with pytest.raises(NetsukeError, match=r"a\.zip.*not a readable archive"):
+        read_images(path, 8)
+
+
+def test_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "LARGEST_ARCHIVE", 3_000_000)
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for k in range(4):
+            z.writestr(f"red/{k}.png", bytes(1_000_000))
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("a member was unpacked"))
+    with pytest.raises(NetsukeError, match=r"there are 4 of 3 MiB in all, unpacked; allowed: at most"):
+        read_images(path, 8)
+
+
 def test_paths_in_an_archive_lead_nowhere(tmp_path, colours):
     made = read_images(archive(tmp_path / "a.zip", {"../../red/1.png": colours["red/1.png"]}), 8)
     assert made.names == ("red/1.png",)
@@ -95,26 +135,3 @@ def test_sets_share_no_pupil():
     people = {s: {int(n.split("_")[1][:4]) // 10 for n in part.names} for s, part in sets.items()}
     assert [len(people[s]) for s in ("train", "validation", "test")] == [14, 3, 3]
     assert len(set.union(*people.values())) == 20
-
-
-def test_it_is_a_task(tmp_path, colours):
-    images = read_images(archive(tmp_path / "a.zip", colours), 8)
-    task = ImageClassification({"train": images, "validation": images, "test": images}, batch=2)
-    assert isinstance(task, Task)
-    assert [len(y) for _, y in task.batches("train")] == [2, 1]
-
-    class Reddest(torch.nn.Module):
-        def forward(self, codes):
-            return torch.stack([codes[..., 2].float().mean((1, 2)), codes[..., 0].float().mean((1, 2))], 1)
-
-    assert task.score(Reddest(), "test") == 1.0
-    assert task.facts()["test"]["images"] == 3
-
-
-def test_the_firmware_file(tmp_path, colours):
-    images = read_images(archive(tmp_path / "a.zip", colours), 8)
-    assert write_samples(tmp_path / "train.bin", images, 0.5) == 3 * (8 * 8 * 3 + 4 + 4)
-    third = (tmp_path / "train.bin").read_bytes()[2 * 200 :]
-    np.testing.assert_array_equal(np.frombuffer(third[:192], np.int8), images.codes[2].reshape(-1))
-    assert int.from_bytes(third[192:196], "little") == 1
-    assert np.frombuffer(third[196:], "<f4")[0] == 0.5

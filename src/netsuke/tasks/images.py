@@ -1,7 +1,6 @@
 """Classification of photographs from a folder or a zip archive `<class>/<file>`, as the int8 codes a small network reads.
 
 Nothing is unpacked to disk: a member of an archive is only ever decoded as an image, so its path cannot do harm.
-`ImageClassification` is the task over three such sets; batches are (codes (B, S, S, 3) int8, labels (B,) int64).
 
 The clothing photographs (`mobiletl`) come split; the hand signs (`ed-vit`) do not: their numbers run pupil by pupil, ten
 in a row, so `by_pupil` gives sets that share no person.
@@ -9,12 +8,11 @@ in a row, so `by_pupil` gives sets that share no person.
 
 from __future__ import annotations
 
-import hashlib
+import struct
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +24,7 @@ from netsuke.tasks.base import Split
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 LARGEST_FILE = 32 << 20  # bytes of one image file
 LARGEST_SET = 100_000
+LARGEST_ARCHIVE = 2 << 30  # bytes of all its images, unpacked: they are in memory together
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,6 @@ def read_images(path: Path, size: int, classes: tuple[str, ...] | None = None) -
     members = sorted(_members(path), key=lambda m: m[0])
     if not members:
         raise NetsukeError(f"read the images in {path}", "there are none", "<class>/<file>.jpg or .png")
-    if len(members) > LARGEST_SET:
-        raise NetsukeError(f"read the images in {path}", f"there are {len(members)}", f"at most {LARGEST_SET}")
     found = tuple(sorted({name.split("/")[-2] for name, _ in members}))
     classes = classes or found
     if unknown := sorted(set(found) - set(classes)):
@@ -68,25 +65,46 @@ def read_images(path: Path, size: int, classes: tuple[str, ...] | None = None) -
 
 
 def decode(data: bytes, size: int, where: str) -> np.ndarray:
-    """(size, size, 3) int8 codes of an image file's bytes."""
-    return (square(data, (size, size), 3, f"read {where}").astype(np.int16) - 128).astype(np.int8)
+    """(size, size, 3) int8 codes of an image file's bytes. Raises NetsukeError for what is no image."""
+    try:
+        pixels = square(data, (size, size), 3, f"read {where}")
+    except (
+        zlib.error,
+        struct.error,
+        EOFError,
+        IndexError,
+        MemoryError,
+    ) as e:  # what readers of single formats let through
+        raise NetsukeError(f"read {where}", f"no readable image ({str(e)[:80]})", ", ".join(SUFFIXES)) from None
+    return (pixels.astype(np.int16) - 128).astype(np.int8)
 
 
 def _members(path: Path) -> list[tuple[str, bytes]]:
     if path.is_dir():
         files = [f for f in path.glob("*/*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+        _not_too_many(path, len(files), sum(f.stat().st_size for f in files))
         return [(f"{f.parent.name}/{f.name}", _bounded(f)) for f in files]
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
             infos = [
                 i for i in archive.infolist() if i.filename.lower().endswith(SUFFIXES) and i.filename.count("/") >= 1
             ]
+            _not_too_many(path, len(infos), sum(i.file_size for i in infos))
             for i in infos:
                 if i.file_size > LARGEST_FILE:
                     raise NetsukeError(f"read {path}", f"{i.filename} unpacks to {i.file_size} bytes", "photographs")
             return [("/".join(i.filename.split("/")[-2:]), archive.read(i)) for i in infos]
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
         raise NetsukeError(f"read {path}", f"not a readable archive ({str(e)[:80]})", "a folder or a .zip") from None
+
+
+def _not_too_many(path: Path, count: int, size: int) -> None:
+    """Refuses a set by what its folder or directory of contents declares, before anything is read."""
+    if count > LARGEST_SET or size > LARGEST_ARCHIVE:
+        raise NetsukeError(
+            f"read the images in {path}", f"there are {count} of {size >> 20} MiB in all, unpacked",
+            f"at most {LARGEST_SET} of {LARGEST_ARCHIVE >> 20} MiB", "a part of them, or smaller pictures",
+        )  # fmt: skip
 
 
 def _bounded(path: Path) -> bytes:
@@ -132,60 +150,3 @@ def by_pupil(images: Images, who: np.ndarray, shares: tuple[float, float] = (0.7
     a, b = (round(len(people) * s) for s in (shares[0], sum(shares)))
     groups = {"train": people[:a], "validation": people[a:b], "test": people[b:]}
     return {split: images.take(np.flatnonzero(np.isin(who, group))) for split, group in groups.items()}
-
-
-@dataclass
-class ImageClassification:
-    """Cross-entropy and accuracy of a module that maps int8 codes (B, S, S, 3) to logits (B, classes)."""
-
-    sets: dict[Split, Images]
-    batch: int = 64
-    metric: str = field(default="accuracy", init=False)
-    higher_is_better: bool = field(default=True, init=False)
-
-    def batches(self, split: Split, limit: int | None = None) -> Iterator[Any]:
-        import torch
-
-        images = self.sets[split]
-        for k, start in enumerate(range(0, len(images), self.batch)):
-            if k == limit:
-                return
-            part = slice(start, start + self.batch)
-            yield torch.from_numpy(images.codes[part]), torch.from_numpy(images.labels[part])
-
-    def loss(self, model: Any, batch: Any) -> Any:
-        import torch
-
-        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    def score(self, model: Any, split: Split, limit: int | None = None) -> float:
-        import torch
-
-        right = total = 0
-        with torch.no_grad():
-            for codes, labels in self.batches(split, limit):
-                right += int((model(codes).argmax(1) == labels).sum())
-                total += len(labels)
-        return right / total
-
-    def facts(self) -> dict:
-        return {
-            split: {
-                "images": len(s),
-                "classes": list(s.classes),
-                "sha256": hashlib.sha256(s.codes.tobytes()).hexdigest(),
-            }
-            for split, s in self.sets.items()
-        }
-
-
-def write_samples(path: Path, images: Images, rate: float) -> int:
-    """What exported training firmware reads (input.bin): per step the image's int8 codes, its label as int32, the learning
-    rate as float32, little endian, without a header. Returns the bytes written.
-    """
-    record = np.dtype([("codes", "i1", images.codes.shape[1:]), ("label", "<i4"), ("rate", "<f4")])
-    rows = np.empty(len(images), record)
-    rows["codes"], rows["label"], rows["rate"] = images.codes, images.labels, rate
-    with reading(path):
-        path.write_bytes(rows.tobytes())
-    return rows.nbytes

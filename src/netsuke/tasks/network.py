@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,10 @@ from netsuke.tasks.base import Split
 from netsuke.tasks.images import Images, read_images
 
 SMALLEST = 40  # samples: ten to score with
+LARGEST_ARRAYS = 2 << 30  # bytes of an .npz file, unpacked: they are in memory together
+UNREADABLE = (
+    ValueError, EOFError, OSError, MemoryError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 Run = Callable[[np.ndarray], np.ndarray]  # codes (n, …) -> output codes (n, …)
 
 
@@ -151,17 +156,31 @@ def _cut(digests: list[bytes], asked: str) -> dict[Split, np.ndarray]:
     def rows(which: tuple[int, ...]) -> np.ndarray:
         return order[np.isin(place[order], which)]
 
-    return {"train": rows((0, 1)), "validation": rows((2,)), "test": rows((3,))}
+    parts: dict[Split, np.ndarray] = {"train": rows((0, 1)), "validation": rows((2,)), "test": rows((3,))}
+    if empty := [split for split, part in parts.items() if not len(part)]:
+        raise NetsukeError(
+            asked, f"its {len(digests)} samples are {len(set(digests))} different ones, which leaves no {empty[0]} part",
+            f"at least {SMALLEST} different ones: equal samples never stand in two parts", "more samples, not copies",
+        )  # fmt: skip
+    return parts
 
 
 def _npz(path: Path, tensor: Tensor, asked: str) -> tuple[np.ndarray, np.ndarray | None]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(i.file_size for i in archive.infolist())
+        if size > LARGEST_ARRAYS:
+            raise NetsukeError(
+                asked, f"it unpacks to {size >> 20} MiB", f"at most {LARGEST_ARRAYS >> 20} MiB", "fewer samples"
+            )
         with np.load(path, allow_pickle=False) as z:
             if "x" not in z.files:
                 raise NetsukeError(asked, f"it holds {', '.join(z.files)[:60]}", "x (n, …) and, for accuracy, y (n,)")
             x, y = z["x"], z["y"] if "y" in z.files else None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as e:
+    except UNREADABLE as e:
         raise NetsukeError(asked, f"not a readable .npz archive ({str(e)[:80]})", "np.savez(path, x=…, y=…)") from None
+    if not x.ndim:
+        raise NetsukeError(asked, "x is a single number", "x (n, …): samples along the first axis")
     if y is not None and (y.shape != (len(x),) or y.dtype.kind not in "iu"):
         raise NetsukeError(asked, f"y is {y.dtype} {y.shape} for {len(x)} samples", "one whole number per sample")
     from_array(x[:1], tensor, asked)
