@@ -111,6 +111,10 @@ class MoDeGPT(Method):
         if not isinstance(model, Llama):
             return f"{type(model).__name__} is no Llama-style decoder"
         cfg = model.cfg
+        if cfg.mixture is not None and "mlp" in self.modules:
+            return (
+                f"blocks.{cfg.mixture}.experts is a mixture: its hidden units see only some tokens; use modules=qk,vo"
+            )
         if self.per_block is not None and len(self.per_block) != len(cfg.blocks):
             return f"per_block has {len(self.per_block)} rows, the model has {len(cfg.blocks)} blocks"
         if cfg.qk_norm and "qk" in self.modules:

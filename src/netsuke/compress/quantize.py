@@ -31,7 +31,7 @@ from netsuke.layers.linear import Dense, LinearBase, halved
 from netsuke.layers.packing import WIDTHS
 from netsuke.layers.quantized import QuantLinear, group_count
 from netsuke.measure.activations import Gram
-from netsuke.models.llama import Llama
+from netsuke.models.llama import Block, Llama
 from netsuke.tasks.base import Task
 
 SHRINKS = torch.linspace(1.0, 0.35, 27).tolist()  # shares of the full range; 2 bits like 0.6, 4 bits 0.9, 8 bits 1.0
@@ -223,11 +223,27 @@ def walk(model: Llama, ids: list[Tensor], treat: Callable[[list[str], Iterable[T
         heads = [block.attention(block.attn_norm(x)) for x in states]
         treat([at + "o"], heads)
         states = [x + block.o(y) for x, y in zip(states, heads)]
+        if model.cfg.blocks[i].experts:
+            _walk_experts(block, at, states, treat)
+            states = [x + block.feed(block.mlp_norm(x)) for x in states]
+            continue
         treat([at + "gate", at + "up"], map(block.mlp_norm, states))
         # The hidden activations are the widest of all: computed twice rather than kept.
         treat([at + "down"], map(block.mlp_inner, map(block.mlp_norm, states)))
         states = [x + block.down(block.mlp_inner(block.mlp_norm(x))) for x in states]
     return map(model.norm, states)
+
+
+def _walk_experts(block: Block, at: str, states: list[Tensor], treat: Callable) -> None:
+    """The router sees all tokens, an expert those that are sent to it (by the router as it has become)."""
+    inputs = [block.mlp_norm(x).flatten(0, -2) for x in states]
+    treat([at + "experts.router"], inputs)
+    sent = [{name: rows for name, rows, _ in block.experts.dealt(x)} for x in inputs]
+    for e in range(block.experts.count):
+        expert = block.experts.get_submodule(str(e))
+        own = [x[rows[str(e)]] for x, rows in zip(inputs, sent) if str(e) in rows]
+        treat([f"{at}experts.{e}.gate", f"{at}experts.{e}.up"], own)
+        treat([f"{at}experts.{e}.down"], map(expert.inner, own))
 
 
 @dataclass(frozen=True)

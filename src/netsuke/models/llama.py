@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense, LinearBase, halved
+from netsuke.models.experts import Experts
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 # Where a function may stand in a block's forward pass (`Block.sites`), in order: the residual stream and its norm before
@@ -35,11 +36,14 @@ Site = Callable[[Tensor], Tensor]
 
 
 class BlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Widths of one block. `pairs` lists, for each key head, the rotary pairs that are left (None: all of them)."""
+    """Widths of one block. `pairs` lists, for each key head, the rotary pairs that are left (None: all of them). With
+    `experts`, the feed-forward part is that many, `hidden` units each, of which a token runs `active`."""
 
     hidden: int
     value_dim: int
     pairs: tuple[tuple[int, ...], ...] | None = None
+    experts: int = 0
+    active: int = 0
 
 
 class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,22 +86,33 @@ class LlamaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """A config whose blocks are all alike, as every model is before it is carved."""
         return cls(blocks=tuple(BlockShape(hidden, rest["head_dim"]) for _ in range(layers)), **rest)
 
+    @property
+    def mixture(self) -> int | None:
+        """The first block whose feed-forward part is a mixture of experts."""
+        return next((i for i, b in enumerate(self.blocks) if b.experts), None)
+
     def pair_count(self, layer: int) -> int:
         pairs = self.blocks[layer].pairs
         return self.head_dim // 2 if pairs is None else len(pairs[0])
 
     def linear_shapes(self, layer: int) -> dict[str, tuple[int, int, bool]]:
-        """name -> (O, I, has bias) of the seven linear maps of a block."""
+        """name -> (O, I, has bias) of the linear maps of a block: seven, or four, a router and three for each expert."""
         b, qk = self.blocks[layer], 2 * self.pair_count(layer)
-        return {
+        attention = {
             "q": (self.heads * qk, self.width, self.qkv_bias),
             "k": (self.kv_heads * qk, self.width, self.qkv_bias),
             "v": (self.kv_heads * b.value_dim, self.width, self.qkv_bias),
             "o": (self.width, self.heads * b.value_dim, self.out_bias),
+        }
+        feed = {
             "gate": (b.hidden, self.width, self.mlp_bias),
             "up": (b.hidden, self.width, self.mlp_bias),
             "down": (self.width, b.hidden, self.mlp_bias),
         }
+        if not b.experts:
+            return attention | feed
+        each = {f"experts.{e}.{name}": shape for e in range(b.experts) for name, shape in feed.items()}
+        return attention | {"experts.router": (b.experts, self.width, False)} | each
 
     def kv_width(self, layer: int) -> int:
         """Numbers stored per token by this block's key/value cache."""
@@ -236,7 +251,11 @@ class Block(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.sites: dict[str, Site] = {}
         for name, (outs, ins, bias) in cfg.linear_shapes(layer).items():
-            setattr(self, name, Dense.empty(outs, ins, bias, dtype))
+            if "." not in name:
+                setattr(self, name, Dense.empty(outs, ins, bias, dtype))
+        shape = cfg.blocks[layer]
+        if shape.experts:
+            self.experts = Experts(cfg.width, shape.hidden, shape.experts, shape.active, cfg.mlp_bias, dtype)
         self.attn_norm, self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps), RMSNorm(cfg.width, cfg.norm_eps)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps), RMSNorm(cfg.head_dim, cfg.norm_eps)
@@ -292,11 +311,15 @@ class Block(nn.Module):
             gate = F.silu(gate)
         return self.at("hidden", self.at("silu", gate) * up)
 
+    def feed(self, x: Tensor) -> Tensor:
+        """Normed input (B, T, C) -> what the feed-forward part adds to the stream."""
+        return self.experts(x) if self.cfg.blocks[self.layer].experts else self.down(self.mlp_inner(x))
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.at("attn_stream", x)
         x = x + self.at("o", self.o(self.attention(self.at("attn_in", self.attn_norm(x)), cache)))
         x = self.at("mlp_stream", x)
-        return x + self.at("down", self.down(self.mlp_inner(self.at("mlp_in", self.mlp_norm(x)))))
+        return x + self.at("down", self.feed(self.at("mlp_in", self.mlp_norm(x))))
 
 
 class Llama(nn.Module):

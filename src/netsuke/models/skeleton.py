@@ -22,7 +22,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 # Several times the largest published Llama-family model: beyond these a number is a mistake or an attack.
 LIMITS = {
     "vocab": 1 << 22, "width": 1 << 17, "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 12, "context": 1 << 28,
-    "layers": 1 << 11, "hidden": 1 << 20, "value_dim": 1 << 12,
+    "layers": 1 << 11, "hidden": 1 << 20, "value_dim": 1 << 12, "experts": 1 << 10,
 }  # fmt: skip
 
 
@@ -54,6 +54,12 @@ def check_config(cfg: LlamaConfig, source: str | Path) -> LlamaConfig:
     for i, block in enumerate(cfg.blocks):
         bound("hidden", block.hidden, f"hidden of block {i}")
         bound("value_dim", block.value_dim, f"value_dim of block {i}")
+        if block.experts or block.active:
+            bound("experts", block.experts, f"experts of block {i}")
+            if not 1 <= block.active <= block.experts:
+                raise NetsukeError(
+                    asked, f"block {i} runs {block.active} of {block.experts} experts", "1 to all of them"
+                )
         if block.pairs is not None:
             _check_pairs(cfg, i, asked)
     if cfg.rope_scaling is not None:

@@ -183,7 +183,10 @@ class Moment:
 
 
 def linear_layers(cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, Layer]:
-    """All linear maps in the order of the pass. Raises NetsukeError when `layers` lacks one."""
+    """All linear maps in the order of the pass. Raises NetsukeError when `layers` lacks one, and for mixtures of experts."""
+    if cfg.mixture is not None:
+        found = f"block {cfg.mixture} is a mixture of {cfg.blocks[cfg.mixture].experts} experts"
+        raise NetsukeError("plan the memory", found, "blocks with one feed-forward part", "netsuke run --backend torch")
     shapes = {"embed": (cfg.vocab, cfg.width, False)}
     for i in range(len(cfg.blocks)):
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in cfg.linear_shapes(i).items()}
@@ -197,9 +200,8 @@ def linear_layers(cfg: LlamaConfig, layers: dict[str, dict]) -> dict[str, Layer]
 
 def uniform_specs(cfg: LlamaConfig, spec: dict) -> dict[str, dict]:
     """The same spec for every linear map: what a model would be if it were stored so."""
-    names = ["embed", *(f"blocks.{i}.{m}" for i in range(len(cfg.blocks)) for m in MAPS)] + (
-        [] if cfg.tied else ["head"]
-    )
+    names = ["embed", *(f"blocks.{i}.{m}" for i in range(len(cfg.blocks)) for m in cfg.linear_shapes(i))]
+    names += [] if cfg.tied else ["head"]
     return dict.fromkeys(names, spec)
 
 
