@@ -18,10 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from netsuke.errors import NetsukeError
-
 DTYPES = ("int8", "int16", "int32", "uint8", "uint32", "uint64", "float32", "int4")  # int4: constants only, two a byte
-LARGEST_TENSOR = 1 << 31  # bytes; a graph that asks for more is hostile, not small
 
 
 @dataclass
@@ -155,79 +152,11 @@ class QGraph:
         return sum(OPS[op.kind].macs(self, op) for op in self.ops)
 
     def check(self) -> QGraph:
-        """This graph, after its structure has been verified: indices, order, shapes, types, finite scales and weights.
+        """This graph, after its structure has been verified (`check.py`).
 
         Raises NetsukeError that names the operator or tensor. Importers call it last; hostile files end here.
         """
-        from netsuke.graph.ops import OPS
+        from netsuke.graph.check import check_graph
 
-        asked = f"use the network {self.name}"
-        n = len(self.tensors)
-        for t in self.tensors:
-            _check_tensor(t, asked, n)
-        for i in (*self.inputs, *self.outputs, *(s for pair in self.states for s in pair)):
-            if not 0 <= i < n:
-                raise NetsukeError(asked, f"an input or output names tensor {i}", f"0 to {n - 1}")
-        known = {i for i, t in enumerate(self.tensors) if t.constant} | set(self.inputs) | {a for a, _ in self.states}
-        written: set[int] = set(known)
-        for op in self.ops:
-            where = f"the operator {op.name or op.kind!r}"
-            if op.kind not in OPS:
-                raise NetsukeError(
-                    asked, f"{where} is of the unknown kind {op.kind!r}", ", ".join(sorted(OPS)), "split the model before it"
-                )  # fmt: skip
-            if any(not -1 <= i < n for i in op.inputs) or any(not 0 <= i < n for i in op.outputs):
-                raise NetsukeError(asked, f"{where} names a tensor that does not exist", f"0 to {n - 1}")
-            for i in op.inputs:
-                if i >= 0 and self.root(i) not in written and i not in written:
-                    raise NetsukeError(
-                        asked,
-                        f"{where} reads {self.tensors[i].name!r} before it is written",
-                        "operators in running order",
-                    )
-            if any(self.tensors[i].constant and not self.tensors[i].variable for i in op.outputs):
-                raise NetsukeError(asked, f"{where} writes to a constant", "a tensor of its own")
-            written |= {self.root(i) for i in op.outputs} | set(op.outputs)
-            found = OPS[op.kind].check(self, op)
-            if found:
-                raise NetsukeError(asked, f"{where} ({op.kind}): {found}")
-        for i in self.outputs:
-            if i not in written and self.root(i) not in written:
-                raise NetsukeError(
-                    asked, f"the output {self.tensors[i].name!r} is never written", "an operator that writes it"
-                )
+        check_graph(self)
         return self
-
-
-def _check_tensor(t: Tensor, asked: str, n: int) -> None:
-    if t.dtype not in DTYPES:
-        raise NetsukeError(asked, f"the tensor {t.name!r} is of type {t.dtype!r}", ", ".join(DTYPES))
-    if any(not isinstance(d, int) or d < 1 for d in t.shape):
-        raise NetsukeError(
-            asked, f"the tensor {t.name!r} has the shape {t.shape}", "fixed sizes of 1 or more",
-            "export the model with a batch of 1 and fixed sizes",
-        )  # fmt: skip
-    if len(t.shape) > 8 or t.bytes > LARGEST_TENSOR:
-        raise NetsukeError(asked, f"the tensor {t.name!r} has the shape {t.shape}", "at most 8 dimensions and 2 GB")
-    if t.scale is not None and not (np.all(np.isfinite(t.scale)) and np.all(t.scale > 0)):
-        raise NetsukeError(
-            asked, f"the tensor {t.name!r} has a scale that is not a positive number", "finite scales above 0"
-        )
-    if t.scale is not None and t.scale.ndim and (t.axis is None or t.scale.shape != (t.shape[t.axis],)):
-        raise NetsukeError(
-            asked, f"the tensor {t.name!r} has {t.scale.size} scales for the shape {t.shape}", "one, or one per channel"
-        )
-    if (
-        t.scale is not None
-        and t.dtype in ("int8", "uint8", "int16")
-        and not np.iinfo(t.dtype).min <= t.zero <= np.iinfo(t.dtype).max
-    ):
-        raise NetsukeError(asked, f"the tensor {t.name!r} has the zero point {t.zero}", f"what {t.dtype} holds")
-    if t.data is not None and t.data.shape != t.shape:
-        raise NetsukeError(asked, f"the tensor {t.name!r} has data of shape {t.data.shape}", f"{t.shape}")
-    if t.data is not None and t.data.dtype.kind == "f" and not np.all(np.isfinite(t.data)):
-        raise NetsukeError(
-            asked, f"the weights {t.name!r} hold NaN or infinity", "finite weights", "train or export the model again"
-        )
-    if t.view is not None and (not 0 <= t.view[0] < n or t.view[1] < 0):
-        raise NetsukeError(asked, f"the tensor {t.name!r} is a view of nothing", "a tensor and an offset inside it")

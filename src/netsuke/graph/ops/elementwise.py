@@ -11,6 +11,7 @@ quantize     float32 -> int8;  dequantize  int8 -> float32
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -140,8 +141,9 @@ def _same_shape(graph: QGraph, op: Op) -> str | None:
 
 
 def _lut(graph: QGraph, op: Op) -> str | None:
-    if np.shape(op.attrs.get("table")) != (256,):
-        return "its table does not have 256 entries"
+    codes = np.asarray(op.attrs.get("table"))
+    if codes.shape != (256,) or codes.dtype.kind != "i" or codes.min() < -128 or codes.max() > 127:
+        return "its table does not have 256 entries of int8"
     return _same_shape(graph, op) or same_type(graph, op, ("int8",))
 
 
@@ -152,6 +154,9 @@ def _unary(graph: QGraph, op: Op) -> str | None:
 
 
 def _softmax(graph: QGraph, op: Op) -> str | None:
+    beta = op.attrs.get("beta", 1.0)
+    if not 0 < beta < math.inf:
+        return f"its beta is {beta}; it is a positive number"
     wrong = _same_shape(graph, op) or same_type(graph, op)
     y = graph.tensors[op.outputs[0]]
     if wrong is None and y.dtype == "int8" and (abs(float(y.scale) * 256 - 1) > 1e-6 or y.zero != -128):

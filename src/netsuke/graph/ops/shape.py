@@ -11,6 +11,7 @@ transpose    attrs perm;  concat  attrs axis (all inputs have the output's scale
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,6 +121,8 @@ def _pool(graph: QGraph, op: Op) -> str | None:
         op.attrs.get("stride", (1, 1)),
         op.attrs.get("pad", (0, 0, 0, 0)),
     )
+    if tuple(op.attrs.get("dilation", (1, 1))) != (1, 1):
+        return f"its window has the dilation {op.attrs['dilation']}"
     if len(x.shape) != 4 or min(kh, kw, sy, sx) < 1 or min(t, b, left, r) < 0 or max(t, b) >= kh or max(left, r) >= kw:
         return f"a window of {kh} x {kw}, stride {sy, sx}, padding {t, b, left, r} does not fit {x.shape}"
     want = (x.shape[0], window(x.shape[1], kh, sy, t, b), window(x.shape[2], kw, sx, left, r), x.shape[3])
@@ -132,6 +135,8 @@ def _pool(graph: QGraph, op: Op) -> str | None:
 
 def _reshape(graph: QGraph, op: Op) -> str | None:
     x, y = first(graph, op)
+    if wrong := arity(graph, op, 1):
+        return wrong
     return None if x.size == y.size and x.dtype == y.dtype else f"it maps {x.shape} {x.dtype} to {y.shape} {y.dtype}"
 
 
@@ -144,6 +149,8 @@ def _pad(graph: QGraph, op: Op) -> str | None:
         or min(map(min, pads)) < 0
     ):
         return f"padding {pads} does not make {y.shape} of {x.shape}"
+    if not math.isfinite(op.attrs.get("value", 0.0)):
+        return f"it pads with {op.attrs['value']}"
     return _moved(graph, op)
 
 
@@ -165,6 +172,8 @@ def _slice(graph: QGraph, op: Op) -> str | None:
 
 
 def _concat(graph: QGraph, op: Op) -> str | None:
+    if wrong := arity(graph, op, max(len(op.inputs), 1)):
+        return wrong
     y, axis = graph.tensors[op.outputs[0]], op.attrs["axis"]
     parts = [graph.tensors[i] for i in op.inputs]
     if not 0 <= axis < len(y.shape) or any(len(p.shape) != len(y.shape) for p in parts):
@@ -172,6 +181,8 @@ def _concat(graph: QGraph, op: Op) -> str | None:
     rest = [p.shape[:axis] + p.shape[axis + 1 :] for p in (*parts, y)]
     if len(set(rest)) > 1 or sum(p.shape[axis] for p in parts) != y.shape[axis]:
         return f"it joins {[p.shape for p in parts]} to {y.shape} along axis {axis}"
+    if any(p.dtype != y.dtype for p in parts):
+        return f"it joins {', '.join(p.dtype for p in parts)} to {y.dtype}"
     if y.dtype == "int8" and any(p.zero != y.zero or float(p.scale) != float(y.scale) for p in parts):
         return "its inputs and output have different scales (importers requantize first)"
     return None
@@ -179,6 +190,8 @@ def _concat(graph: QGraph, op: Op) -> str | None:
 
 def _moved(graph: QGraph, op: Op) -> str | None:
     x, y = first(graph, op)
+    if wrong := arity(graph, op, 1):
+        return wrong
     if x.dtype != y.dtype:
         return f"it maps {x.dtype} to {y.dtype}"
     if x.scale is not None and (y.scale is None or float(x.scale) != float(y.scale) or x.zero != y.zero):
