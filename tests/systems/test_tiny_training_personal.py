@@ -43,6 +43,13 @@ def test_a_pupils_shots_are_equally_many_of_every_sign_and_repeatable():
     assert np.array_equal(codes, pupil.practice()[0])
     held, asked = pupil.held_out((1, 3))
     assert len(held) == 2 * personal.HELD and set(asked) == {1, 3}
+    assert not np.array_equal(codes, pupil.practice(seed=1)[0])
+
+
+def test_the_nearest_shot_gives_its_label():
+    shots, labels = images(6, 8), np.array([3, 1, 4, 1, 5, 9])
+    asked = np.clip(shots[[4, 0, 2]].astype(int) + 1, -128, 127).astype(np.int8)
+    assert personal.nearest(shots, labels, asked).tolist() == [5, 3, 4]
 
 
 @needs_data
@@ -55,6 +62,7 @@ def test_pupils_are_whole_and_not_shared():
 def test_a_short_run_gives_the_boards_weights_and_no_verdict():
     got = personal.personal(True)
     assert got.met is None
-    assert len(got.values["own"]) == 2
+    (own,), (floor,) = got.values["own"], got.values["neighbours"]
+    assert [row[0] for row in own] == [row[0] for row in floor] == [p.number for p in personal.asked_pupils(True)]
     for board in got.values.get("boards", {}).values():
         assert board["equal"] and board["changed"] > 0 and board["right"] == board["right_simulated"]

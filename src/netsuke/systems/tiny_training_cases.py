@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from netsuke.data.catalogue import find
+from netsuke.graph.arena import plan_arena
 from netsuke.graph.differentiate import ReferenceTraining, UpdateRule, training_graph
 from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import QGraph
+from netsuke.graph.lower import lower, scratch
 from netsuke.graph.ops.base import limits
 from netsuke.graph.read.npz import read_npz
 from netsuke.graph.simulate import Simulation, frontier
@@ -275,17 +277,20 @@ def desktop_step() -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def samples(steps: int, seed: int = 0) -> list[np.ndarray]:
+def samples(steps: int, rate: float = 0.001) -> list[np.ndarray]:
     """The firmware's inputs for `steps` steps: images, labels, rates."""
     images = clothes()["train"]
-    rows = np.random.default_rng(seed).permutation(len(images))[:steps]
-    rate = np.full((steps, 1), 0.001, np.float32)
-    return [images.codes[rows], images.labels[rows].astype(np.int32)[:, None], rate]
+    rows = np.random.default_rng(0).permutation(len(images))[:steps]
+    rates = np.full((steps, 1), rate, np.float32)
+    return [images.codes[rows], images.labels[rows].astype(np.int32)[:, None], rates]
 
 
 @cache
-def firmware(core: str, steps: int, plan_name: str = "plan 49", limited: bool = True) -> dict[str, Any]:
-    """Builds and runs training firmware; `limited` holds it to 256 KB and 1 MB, else to the machine's 4 MB."""
+def firmware(
+    core: str, steps: int, plan_name: str = "plan 49", limited: bool = True, rate: float = 0.001
+) -> dict[str, Any]:
+    """Builds and runs training firmware; `limited` holds it to 256 KB and 1 MB, else to the machine's 4 MB. "learned" are the
+    trained tensors at the end, by their number in "graph"."""
     from netsuke.devices.board import EmulatedBoard
     from netsuke.export.c import write_c
     from netsuke.export.c.emulate import run_emulated
@@ -297,7 +302,14 @@ def firmware(core: str, steps: int, plan_name: str = "plan 49", limited: bool = 
         folder = Path(temporary) / "fw"
         write_c(graph, folder)
         board = EmulatedBoard.load(core, flash=FLASH, ram=SRAM) if limited else core
-        return run_emulated(folder, board, samples(steps)) | {"graph": graph}
+        run = run_emulated(folder, board, samples(steps, rate))
+    return run | {"graph": graph, "learned": learned(graph, run["variables"])}
+
+
+def learned(graph: QGraph, variables: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """What a board's variables, in the firmware's order, are in the training graph: values by number of the tensor."""
+    tables = lower(graph, plan_arena(graph, scratch)).variables
+    return {t.tensor: v.reshape(graph.tensors[t.tensor].shape) for t, v in zip(tables, variables, strict=True)}
 
 
 @cache
