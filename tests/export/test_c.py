@@ -171,7 +171,7 @@ def test_what_is_there_is_left_alone(tmp_path):
     assert (tmp_path / "mine/size.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("name", ["1net", "a-b", "ns_x", "ns", "test", "", "x" * 99, "../x", "a b"])
+@pytest.mark.parametrize("name", ["1net", "a-b", "ns_x", "ns", "test", "m", "", "x" * 99, "../x", "a b"])
 def test_names_that_c_does_not_take(tmp_path, name):
     with pytest.raises(NetsukeError, match="is no prefix of C functions"):
         write_c(residual_network(), tmp_path / "fw", name=name)
@@ -182,7 +182,14 @@ def test_wrong_places_and_test_inputs(tmp_path):
     graph, fine = residual_network(), images(2)
     with pytest.raises(NetsukeError, match="parent folder does not exist"):
         write_c(graph, tmp_path / "a/b")
-    for golden in ([fine, fine], [fine.astype(np.int16)], [fine[:, :5]], [fine[:0]]):
+    for golden in (
+        [fine, fine],
+        [fine.astype(np.int16)],
+        [fine[:, :5]],
+        [fine[:0]],
+        [np.int8(3)],
+        [np.array(3, np.int8)],
+    ):
         with pytest.raises(NetsukeError, match="test inputs"):
             write_c(graph, tmp_path / "fw", golden=golden)
     assert not list(tmp_path.iterdir())

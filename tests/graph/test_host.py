@@ -85,3 +85,19 @@ def test_inputs_of_another_kind_are_refused(bad):
 def test_a_missing_input_is_refused():
     with pytest.raises(NetsukeError, match="0 inputs were given"):
         HostProgram(counter()).run()
+
+
+def two_inputs():
+    g = QGraph("two")
+    a, b = (g.add(Tensor(n, (1, 3), "float32")) for n in "ab")
+    g.inputs, g.outputs = (a, b), (g.append("add", (a, b), Tensor("y", (1, 3), "float32")),)
+    return g.check()
+
+
+@pytest.mark.parametrize("make", [Interpreter, HostProgram])
+def test_several_inputs_are_of_one_length(make):
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(make(two_inputs()).run(rows, rows)[0], 2 * rows)
+    for a, b in ((rows, rows[:1]), (rows[:1], rows), (rows, rows[0]), (np.float32(1), rows)):
+        with pytest.raises(NetsukeError, match=r"cannot run two: (its inputs have the lengths|the input is)"):
+            make(two_inputs()).run(a, b)

@@ -1,4 +1,4 @@
-"""Whether a `QGraph` is sound: indices, order, shapes, types, views, limits, finite numbers. Hostile files end here.
+"""Whether a `QGraph` is sound, and inputs suit it: indices, order, shapes, types, views, limits. Hostile files end here.
 
 What an operator asks of its tensors and attributes is said by its row of `ops.OPS`; what all have in common stands here, so
 that nothing behind it reads outside of an array or meets a number where it expects a list.
@@ -6,7 +6,7 @@ that nothing behind it reads outside of an array or meets a number where it expe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +61,28 @@ def check_graph(graph: QGraph) -> None:
             raise NetsukeError(
                 asked, f"the output {graph.tensors[i].name!r} is never written", "an operator that writes it"
             )
+
+
+def check_inputs(graph: QGraph, inputs: Sequence[np.ndarray], single: bool) -> int:
+    """How many runs the arrays are: 1 when `single`, else all have one leading axis of that many times the graph's.
+
+    Raises NetsukeError for a wrong number, shape or type, and for inputs of different lengths.
+    """
+    asked = f"run {graph.name}"
+    if len(inputs) != len(graph.inputs):
+        raise NetsukeError(asked, f"{len(inputs)} inputs were given", f"{len(graph.inputs)}")
+    batches = set()
+    for i, x in zip(graph.inputs, inputs):
+        t = graph.tensors[i]
+        fits = x.shape == t.shape or (not single and x.ndim == len(t.shape) > 0 and x.shape[1:] == t.shape[1:])
+        if not fits or x.dtype != t.dtype or (t.shape and x.shape[0] % t.shape[0]):
+            raise NetsukeError(asked, f"the input is {x.dtype} {x.shape}", f"{t.dtype} {t.shape}")
+        batches.add(x.shape[0] // t.shape[0] if t.shape else 1)
+    if len(batches) > 1:
+        raise NetsukeError(
+            asked, f"its inputs have the lengths {', '.join(str(x.shape[0]) for x in inputs)}", "as many rows of each"
+        )
+    return batches.pop() if batches else 1
 
 
 def _operator(graph: QGraph, op: Op, written: set[int], asked: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from netsuke.errors import NetsukeError
 from netsuke.graph.abi import structures
 from netsuke.graph.arena import plan_arena
+from netsuke.graph.check import check_inputs
 from netsuke.graph.ir import QGraph
 from netsuke.graph.lower import Places, Pointer, lower, scratch
 
@@ -89,13 +90,7 @@ class HostProgram:
         Raises NetsukeError for a wrong number, shape or type.
         """
         g = self.graph
-        if len(inputs) != len(g.inputs):
-            raise NetsukeError(f"run {g.name}", f"{len(inputs)} inputs were given", f"{len(g.inputs)}")
-        for i, x in zip(g.inputs, inputs):
-            t = g.tensors[i]
-            if x.shape[1:] != t.shape[1:] or x.dtype != t.dtype or (g.states and x.shape != t.shape):
-                raise NetsukeError(f"run {g.name}", f"the input is {x.dtype} {x.shape}", f"{t.dtype} {t.shape}")
-        batch = inputs[0].shape[0] // g.tensors[g.inputs[0]].shape[0] if inputs else 1
+        batch = check_inputs(g, inputs, bool(g.states))
         outs = [np.empty((batch * t.shape[0], *t.shape[1:]), t.dtype) for t in (g.tensors[i] for i in g.outputs)]
         for n in range(batch):
             for i, pointer, x in zip(g.inputs, self.program.inputs, inputs):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from netsuke.errors import NetsukeError
+from netsuke.graph.check import check_inputs
 from netsuke.graph.ir import QGraph
 from netsuke.graph.ops import OPS
 
@@ -51,14 +51,8 @@ class Interpreter:
     def _inputs(self, inputs: tuple[np.ndarray, ...]) -> dict[int, np.ndarray]:
         g = self.graph
         values = {i: t.data for i, t in enumerate(g.tensors) if t.constant} | dict(self.states)
-        if len(inputs) != len(g.inputs):
-            raise NetsukeError(f"run {g.name}", f"{len(inputs)} inputs were given", f"{len(g.inputs)}")
-        for i, x in zip(g.inputs, inputs):
-            t = g.tensors[i]
-            if x.shape[1:] != t.shape[1:] or x.dtype != _stored(t.dtype) or (self.single and x.shape != t.shape):
-                raise NetsukeError(f"run {g.name}", f"the input is {x.dtype} {x.shape}", f"{t.dtype} {t.shape}")
-            values[i] = x
-        return values
+        check_inputs(g, inputs, self.single)
+        return values | dict(zip(g.inputs, inputs))
 
     def _view(self, values: dict[int, np.ndarray], index: int) -> np.ndarray:
         """A view's elements out of its root's, by bytes."""

@@ -25,7 +25,7 @@ from netsuke.models.files import read_json
 FORMAT, VERSION, FACTS = "netsuke-c", 1, "size.json"
 NAME = r"(?!ns(_|$))[A-Za-z][A-Za-z0-9_]*"  # ns_ is the kernels'
 LONGEST_NAME = 40
-TARGETS = ("all", "clean", "help", "install", "test")  # names that CMake keeps for itself
+TARGETS = ("all", "clean", "help", "install", "test", "m")  # CMake's own, and the C library's: libm.a is linked by -lm
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 

@@ -45,10 +45,12 @@ def runs(
     tensors = [graph.tensors[i] for i in graph.inputs]
     if golden is not None:
         asked = f"test the C of {graph.name}"
-        if len(golden) != len(tensors) or len({len(g) for g in golden}) != 1 or not len(golden[0]):
+        lengths = {len(g) if np.ndim(g) else 0 for g in golden}  # a single number is no list of inputs
+        if len(golden) != len(tensors) or len(lengths) != 1 or 0 in lengths:
             raise NetsukeError(
-                asked, f"{len(golden)} arrays of test inputs", f"{len(tensors)} of one length of 1 or more"
-            )
+                asked, f"test inputs of the shapes {', '.join(str(np.shape(g)) for g in golden)}",
+                f"{len(tensors)} arrays of one length of 1 or more",
+            )  # fmt: skip
         for g, t in zip(golden, tensors):
             if g[0].size != t.size or str(g.dtype) != t.dtype:
                 raise NetsukeError(asked, f"test inputs are {g.dtype} {g.shape}", f"{t.dtype}, n times {t.shape}")
