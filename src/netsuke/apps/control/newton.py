@@ -23,7 +23,7 @@ from netsuke.apps.control.arithmetic import Array, fold
 from netsuke.apps.control.predictor import History, Predictor, Roll
 from netsuke.errors import NetsukeError
 
-LARGEST = 1000  # of every count: beyond it a tick takes minutes
+LARGEST = 1000  # of every count: a tick of the largest settings takes seconds here, and more is a slip
 PIVOT = 1e-6  # of the largest diagonal entry: smaller pivots belong to directions without effect
 
 
