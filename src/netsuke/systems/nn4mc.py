@@ -28,7 +28,7 @@ How bars are read
     judged on an overdamped plant, where that suffices; lightly damped ones stand beside it, with 4-16-1, not judged. The MPC
     sees the reference ten ticks ahead, as the cost says, so the PID may follow a row of it that far ahead: its tuning chooses
     which, with the gains. Preview, not the network, is what a PID that follows the next row lacks: with it the PID is
-    as good on the judged plants, and a linear model by least squares is as good as the network in the MPC on all of them.
+    as good on the judged plants, and in the MPC a linear model by least squares is within 1 % of the network or better.
 
 What cannot be shown here
     Power in mW and errors on the rigs: neither boards nor actuators are here. Raw recordings of the rigs are not public, so the
