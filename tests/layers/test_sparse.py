@@ -122,6 +122,18 @@ def test_always_chooses_for_each_token(form, rank):
     assert layer.channels_read.mean == layer.channels_read.sum / 42
 
 
+def test_always_leaves_the_prompt_dense():
+    layer, x = built("float32", 4.0, rank=True)[0], tokens(3, 7)
+    dense_all = layer(x)
+    layer.always = True
+    sparse_all = layer(x)
+    layer.prompt, layer.counting = 2, True
+    torch.testing.assert_close(layer(x), torch.cat((dense_all[:, :2], sparse_all[:, 2:]), 1), rtol=1e-5, atol=1e-5)
+    assert layer.channels_read.count == 3 * 5, "only what is decoded is counted"
+    layer.prompt = 9
+    assert torch.equal(layer(x), dense_all)
+
+
 def test_a_batch_of_single_tokens_is_sparse_row_by_row():
     layer, W = built(4, 4.0, rank=True)
     x = tokens(5, 1)

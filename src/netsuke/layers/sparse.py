@@ -7,8 +7,8 @@ channel is one contiguous row, and the rest is not touched. The two thin factors
 are optional. A threshold of 0 leaves nothing out: y is the dense product, factors unused.
 
 The rule holds where x has one token, which is decoding; longer inputs are prompts and stay dense. `always` applies it to
-every token (to measure the harm on a text at once, by a masked product that saves nothing), `counting` adds up how many
-channels the rule reads. Both are set on the layer while it runs and are not stored.
+every token but the first `prompt` of a row (to measure the harm on a text at once, by a masked product that saves nothing),
+`counting` adds up how many channels the rule reads. All three are set on the layer while it runs and are not stored.
 
     kind      tensors (beside norms (I,) float32, first.…, second.…, bias)
     floats    weight (I, O) float32 or float16
@@ -105,6 +105,7 @@ class InputSparse(LinearBase):
                 raise NetsukeError(ASKED, found, f"factors of {outs} by {self.ins}, the bias beside them")
         self.first, self.second = first, second
         self.always = self.counting = False
+        self.prompt = 0
         self.channels_read = ChannelsRead()
 
     @classmethod
@@ -223,14 +224,20 @@ class InputSparse(LinearBase):
         self.channels_read.count += tokens
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.always and self.prompt and x.ndim > 1:
+            prompt, decoded = x[..., : self.prompt, :], x[..., self.prompt :, :]
+            return torch.cat((self.multiply(prompt, False), self.multiply(decoded, True)), -2)
+        return self.multiply(x, self.always or x.ndim == 1 or x.shape[-2] == 1)
+
+    def multiply(self, x: Tensor, choosing: bool) -> Tensor:
+        """W x + b for x (…, I), dense or by the rule."""
         # Half-precision inputs are widened: sums over chunks of channels would lose digits in them.
         rows = x.reshape(-1, self.ins).to(torch.promote_types(x.dtype, torch.float32))
-        ruled = self.always or x.ndim == 1 or x.shape[-2] == 1
-        if ruled and self.threshold > 0:
+        if choosing and self.threshold > 0:
             y = self.sparse(rows)
         else:
             y = self.product(rows)
-            if ruled and self.counting:
+            if choosing and self.counting:
                 self.count(rows.numel(), len(rows))
         if self.bias is not None:
             y = y + self.bias
