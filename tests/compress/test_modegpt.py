@@ -239,7 +239,7 @@ def test_refusals_name_the_layer_and_the_way_out():
         MoDeGPT().apply(model)
     broken = tiny()
     broken.blocks[1].up.weight[0, 0] = torch.nan
-    with pytest.raises(NetsukeError, match=r"activations of blocks\.1 are not finite"):
+    with pytest.raises(NetsukeError, match=r"inputs of blocks\.1\.down are not finite"):
         MoDeGPT().apply(broken, TASK)
 
 

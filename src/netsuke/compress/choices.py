@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from netsuke.allocate import Option
-from netsuke.compress.modegpt import PARTS, MoDeGPT, calibrate, cut_module, full_width, widths_for
+from netsuke.compress.modegpt import PARTS, MoDeGPT, block_stats, cut_module, full_width, widths_for
 from netsuke.compress.quantize import quantize_linear, table_solver
+from netsuke.compress.statistics import collect
 from netsuke.devices import Device, Work
 from netsuke.layers.linear import Dense, LinearBase
 from netsuke.layers.registry import layer_bytes
-from netsuke.measure.activations import Gram, tapped
 from netsuke.models.llama import Block, BlockShape, Llama, rope_table
 from netsuke.tasks.language import LanguageModeling
 
@@ -94,23 +94,6 @@ def with_linears(block: Block, linears: dict[str, LinearBase], shape: BlockShape
     return new
 
 
-def input_grams(model: Llama, task: LanguageModeling, windows: int) -> dict[str, Gram]:
-    """Σ xᵀx at the input of every linear map, by name; maps that share an input share its sum."""
-    shared = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
-    grams: dict[str, Gram] = {}
-    taps = {}
-    for i, block in enumerate(model.blocks):
-        for name, leader in shared.items():
-            grams[f"blocks.{i}.{name}"] = grams.setdefault(f"blocks.{i}.{leader}", Gram())
-            taps[getattr(block, leader)] = grams[f"blocks.{i}.{leader}"]
-    head = model.head if model.head is not None else model.embed
-    grams["head" if model.head is not None else "embed"] = taps[head] = Gram()
-    with torch.no_grad(), tapped(inputs=taps):
-        for rows in task.batches("train", limit=max(windows // task.batch, 1)):
-            model(rows[:, :-1])
-    return grams
-
-
 def dense_cost(outs: int, ins: int, bias: bool, bits: int, group: int, device: Device) -> dict[str, float]:
     """Bytes and seconds per generated token of one linear map at these bits on this device, in the native engine."""
     spec = {"kind": "dense", "dtype": "float16"} if bits == 16 else {"kind": "quant", "bits": bits, "group": group}
@@ -133,8 +116,9 @@ def offer(
     cfg, knobs = model.cfg, MoDeGPT(calibration=calibration, modules=modules)
     with torch.no_grad():
         probe = Probe(model, task.windows("validation")[:windows, :-1])
-        grams = input_grams(model, task, calibration)
-        stats = calibrate(model, task, calibration) if any(c > 0 for c in cuts) else None
+        seen = collect(model, task, calibration)
+        grams = seen.grams
+        stats = block_stats(seen, cfg) if any(c > 0 for c in cuts) else None
         tables = ["embed"] + (["head"] if model.head is not None else [])
         tried = [b for b in bits if b <= 4]
         total = len(cfg.blocks) * (7 * len(tried) + len(modules) * sum(c > 0 for c in cuts)) + len(tables) * len(tried)

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from netsuke.compress import decompose
 from netsuke.compress.method import Method
+from netsuke.compress.statistics import Statistics, collect
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
-from netsuke.measure.activations import Gram, Influence, SquareSum, tapped
 from netsuke.models.llama import Block, Llama, LlamaConfig, rope_table
-from netsuke.tasks.base import Task, run_calibration
+from netsuke.tasks.base import Task
 
 MODULES = ("mlp", "qk", "vo")
 PARTS = {"mlp": ("gate", "up", "down"), "qk": ("q", "k"), "vo": ("v", "o")}
@@ -160,7 +160,7 @@ class MoDeGPT(Method):
 class BlockStats:
     """What one pass of the original model says about one block. Grams are means over tokens, float64."""
 
-    hidden: Tensor  # (F, F) of the inputs of `down`
+    hidden: Tensor | None  # (F, F) of the inputs of `down`
     inputs: Tensor  # (C, C) of the normed attention input
     query: Tensor  # (O,) mean square of each output of `q`, before rotation
     key: Tensor  # (O,) the same of `k`
@@ -168,29 +168,27 @@ class BlockStats:
     tokens: int
 
 
-@torch.no_grad()
 def calibrate(model: Llama, task: Task, windows: int) -> list[BlockStats]:
-    """Statistics of all blocks from `windows` rows of the train split, in one pass of the uncut model.
+    """`block_stats` of one pass of the uncut model. Raises NetsukeError as statistics.collect."""
+    return block_stats(collect(model, task, windows), model.cfg)
+
+
+def block_stats(seen: Statistics, cfg: LlamaConfig) -> list[BlockStats]:
+    """Statistics of all blocks; those of hidden units are absent where experts share them.
 
     Warns when the text has fewer tokens than a hidden width (the Gram is then rank-deficient and the ridge decides).
-    Raises NetsukeError when activations are not finite, naming the block, and when there is no text.
     """
-    taps = [(Gram(), Gram(), SquareSum(), SquareSum(), Influence()) for _ in model.blocks]
-    inputs = {m: acc for b, t in zip(model.blocks, taps) for m, acc in ((b.down, t[0]), (b.v, t[1]))}
-    outputs = {m: acc for b, t in zip(model.blocks, taps) for m, acc in ((b.q, t[2]), (b.k, t[3]))}
-    with tapped(inputs, outputs, {b: t[4] for b, t in zip(model.blocks, taps)}):
-        run_calibration(model, task, windows)
     stats = []
-    for layer, (hidden, entry, query, key, influence) in enumerate(taps):
-        if hidden.total is None:
-            raise NetsukeError("calibrate modegpt", "the train split gave no batch", "at least one window of text")
-        found = BlockStats(
-            hidden.mean(), entry.mean(), query.total / query.rows, key.total / key.rows, influence.value(), hidden.rows
+    for i, influence in enumerate(seen.influence):
+        at = f"blocks.{i}."
+        query, key, entry = seen.squares[at + "q"], seen.squares[at + "k"], seen.grams[at + "q"]
+        hidden = None if cfg.blocks[i].experts else seen.grams[at + "down"].mean()
+        stats.append(
+            BlockStats(
+                hidden, entry.mean(), query.total / query.rows, key.total / key.rows, influence.value(), entry.rows
+            )
         )
-        if not all(bool(t.isfinite().all()) for t in (found.hidden, found.inputs, found.query, found.key)):
-            raise NetsukeError("calibrate modegpt", f"activations of blocks.{layer} are not finite", "finite weights")
-        stats.append(found)
-    widest = max(b.hidden for b in model.cfg.blocks)
+    widest = max(b.hidden for b in cfg.blocks)
     if stats[0].tokens < widest:
         warnings.warn(
             f"modegpt: {stats[0].tokens} calibration tokens for {widest} hidden units: their Gram matrix has "
