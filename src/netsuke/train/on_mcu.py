@@ -27,7 +27,7 @@ from netsuke.graph.update_plan import UpdatePlan, first_op, layers
 from netsuke.models.artifact import check_writable
 from netsuke.models.files import write_atomically
 from netsuke.tasks.network import NetworkTask, network_task
-from netsuke.train.int8_sgd import Diverged, on_chip
+from netsuke.train.int8_sgd import OnChip, on_chip
 from netsuke.train.sparse_update import contributions, extra_bytes, search
 
 STACK = 2048  # bytes
@@ -70,8 +70,9 @@ class OnMCU:
             chosen = self.searched()
             arena, variables, _ = training_memory(self.graph, chosen, self.classes)
         head = self.trained(UpdatePlan(0), "training the head alone")
-        whole = self.trained(chosen, "training by the plan") if chosen.n_bias else head
-        before, after = self.accuracy(head, "test"), self.accuracy(whole, "test")
+        done = self.trained(chosen, "training by the plan") if chosen.n_bias else head
+        whole = done.check(self.model, self.rate).graph
+        before, after = self.accuracy(head.graph, "test"), self.accuracy(whole, "test")
         floor = float(np.bincount(self.labels["test"]).max() / len(self.labels["test"]))
         facts = {
             "accuracy_test": after,
@@ -110,18 +111,17 @@ class OnMCU:
     def name(self, tensor: int, plan: UpdatePlan) -> str:
         return "scratch" if tensor < 0 else training_graph(self.graph, plan, self.classes).tensors[tensor].name
 
-    def trained(self, plan: UpdatePlan, what: str, samples: int | None = None, epochs: int | None = None) -> QGraph:
-        """The network after training by `plan` on the train part."""
+    def trained(self, plan: UpdatePlan, what: str, samples: int | None = None, epochs: int | None = None) -> OnChip:
+        """What training by `plan` on the train part gives."""
         epochs = epochs or self.epochs
         base = with_head(self.graph, self.classes)
         start = first_op(base, plan)
         cut = self.cut(base, start, "train", samples)
         self.on_progress(what, 0, epochs)
-        got = on_chip(
+        return on_chip(
             self.graph, plan, cut, self.labels["train"][:samples], self.classes, rate=self.rate, epochs=epochs,
             rule=UpdateRule(seed=self.seed), order_seed=self.seed, on_epoch=lambda k, _: self.on_progress(what, k + 1, epochs),
         )  # fmt: skip
-        return got.graph
 
     def cut(self, base: QGraph, start: int, split: str, samples: int | None) -> list[np.ndarray]:
         """The codes that reach operator `start`: what lies before it never changes, so it runs once per sample."""
@@ -150,13 +150,8 @@ class OnMCU:
             nonlocal done
             self.on_progress("what each layer's update gives", done, total)
             done += 1
-            try:
-                short = self.trained(plan, "what each layer's update gives", SEARCH_SAMPLES, SEARCH_EPOCHS)
-            except Diverged:
-                if not plan.n_bias:
-                    raise  # nothing trains at this rate
-                return 0.0
-            return self.accuracy(short, "validation")
+            short = self.trained(plan, "what each layer's update gives", SEARCH_SAMPLES, SEARCH_EPOCHS)
+            return self.accuracy(short.graph, "validation")
 
         gains = contributions(self.graph, accuracy, depths, candidates, ratios=(1.0,))
         limit, least = float(self.sram), extra_bytes(self.graph, UpdatePlan(0))
