@@ -108,3 +108,28 @@ def test_ridge_rises_until_the_factor_exists():
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="NaN"):
         decompose.safe_cholesky(torch.full((3, 3), torch.nan), 1e-3)
+
+
+def test_svd_is_the_nearest_matrix_and_the_randomised_one_is_as_near():
+    w = rows(90, 60, 11) + 0.05 * normal(90, 60, seed=12)
+    s = torch.linalg.svdvals(w)
+    for rank in (1, 8, 60):
+        u, kept, vt = decompose.svd(w, rank)
+        assert float((w - (u * kept) @ vt).square().sum()) == pytest.approx(float(s[rank:].square().sum()), abs=1e-9)
+    u, kept, vt = decompose.svd(w, 8, exact=10)
+    near = float((w - (u * kept) @ vt).norm())
+    assert near == pytest.approx(float(s[8:].norm()), rel=1e-3)
+    again = decompose.svd(w, 8, exact=10)
+    assert all(torch.equal(a, b) for a, b in zip((u, kept, vt), again))
+
+
+def test_balanced_factors_have_the_same_product_and_equal_norms():
+    first, second = normal(5, 12, seed=13) * 100, normal(9, 5, seed=14)
+    first[3] = 0
+    a, b = decompose.balanced(first, second)
+    torch.testing.assert_close(b @ a, second @ first)
+    live = torch.tensor([0, 1, 2, 4])
+    torch.testing.assert_close(a.norm(dim=1)[live], b.norm(dim=0)[live])
+    u, s, vt = decompose.svd(normal(9, 12, seed=15), 4)
+    a, b = decompose.balanced(s[:, None] * vt, u)
+    torch.testing.assert_close(a.norm(dim=1), s.sqrt())
