@@ -20,7 +20,7 @@ What differs, and why
 
 What the controls are
     Against a bar on errors: the same weights on look-backs that are half a day out of step, or untrained. Generated C: the
-    forecasts of another model. Updates on a chip: a state that misses the last day.
+    forecasts of another model. Updates on a chip: a state that misses the last day. Daily refits: sums that start empty.
 
 What cannot be shown here
     Electricity, Traffic and Weather: they are not at hand as small files.
@@ -42,7 +42,7 @@ from netsuke.apps.signals.forecast.moments import Moments, sweep
 from netsuke.apps.signals.forecast.training import errors, seeded, windows
 from netsuke.claims import Claim, Measured
 from netsuke.systems import mixlinear_cases as cases
-from netsuke.systems.mixlinear_cases import FILES, PERIOD, TASKS, shape_of
+from netsuke.systems.mixlinear_cases import FILES, LOOKBACK, PERIOD, TASKS, shape_of
 
 FEW = [("ETTh1", 96)]
 
@@ -105,10 +105,10 @@ def against_wide(quick: bool) -> Measured:
     rows = []
     for name in ["ETTh1"] if quick else FILES:
         ours = cases.trained("small", name, 96, 0, quick)
-        for kind in ("dlinear", "one layer"):
-            theirs = cases.trained(kind, name, 96, 0, quick)
+        others = {k: cases.trained(k, name, 96, 0, quick) for k in ("dlinear", "one layer")}
+        for kind, theirs in (others | {"ridge": cases.ridge(name, 96)}).items():
             rows.append({
-                "task": name, "against": kind, "ratio": ours["mse"] / theirs["mse"],
+                "task": name, "against": kind, "mse": theirs["mse"], "ratio": ours["mse"] / theirs["mse"],
                 "share": ours["parameters"] / theirs["parameters"],
             })  # fmt: skip
     shown = ", ".join(f"{r['task']} {r['against']} {r['ratio']:.3f}x" for r in rows)
@@ -237,15 +237,41 @@ def on_chip(quick: bool, late: int = 0) -> Measured:
             "horizon": h, "forecast": float(np.abs(run["forecasts"] / model.scale[:, None] - exact).max()),
             "sxx": float(np.abs(run["state"][0] - seen.sxx[np.tril_indices(s.n)]).max() / size),
             "sxy": float(np.abs(run["state"][1] - seen.sxy).max() / np.abs(seen.sxy).max()),
-            "state": facts["moments"], "push": run["push"] // 7, "refit": run["refit"],
+            "moments": facts["moments"], "state": facts["state"], "push": run["push"] // 7, "refit": run["refit"],
         })  # fmt: skip
     worst = max(max(r["forecast"], r["sxx"], r["sxy"]) for r in rows)
     shown = (
         f"moments {max(max(r['sxx'], r['sxy']) for r in rows):.1g} (relative), forecasts after a refit "
-        f"{max(r['forecast'] for r in rows):.1g} apart; state {rows[-1]['state']} bytes, {rows[0]['push'] / 1e3:.0f} to "
-        f"{rows[-1]['push'] / 1e3:.0f} k instructions a value"
+        f"{max(r['forecast'] for r in rows):.1g} apart; state of 1 channel / 7: "
+        + ", ".join(f"{r['state']['1']} / {r['state']['7']} bytes at {r['horizon']} steps" for r in rows)
+        + f"; {rows[0]['push'] / 1e3:.0f} to {rows[-1]['push'] / 1e3:.0f} k instructions a value"
     )
-    return Measured(shown, worst <= 1e-4, {"rows": rows})
+    return Measured(shown, worst <= 1e-4 and rows[0]["state"]["1"] <= 8192, {"rows": rows})
+
+
+def daily(quick: bool, fitted: bool = True) -> Measured:
+    """Python's twin of the firmware on every task, the firmware itself on ETTh1 96. Without `fitted` the sums start empty."""
+    rows = []
+    for name, h in tasks(quick):
+        model, s = cases.deployed(name, h), shape_of(h)
+        start = model.moments.on_chip() if fitted else Moments(s, 7)
+        frozen = model.matrix()
+        mse = cases.by_day(name, h, [frozen, *cases.refitted(name, h, start)])
+        still = cases.by_day(name, h, [frozen] * (len(cases.data(name)["test"]) // PERIOD + 1))
+        rows.append({"task": f"{name} {h}", "refitted": mse, "frozen": still, "ratio": mse / still})
+    if fitted and no_board() is None:
+        name, h = FEW[0]
+        model, test = cases.deployed(name, h), cases.data(name)["test"]
+        with tempfile.TemporaryDirectory() as folder:
+            write_forecaster(model, Path(folder) / "c", updating=True)
+            run = run_on_board(Path(folder) / "c", "m4", test[:LOOKBACK, :1].T, test, every=PERIOD)
+        days = [fold.time_matrix(inside, across, shape_of(h)) for across, inside in run["factors"]]
+        rows[0]["on the board"] = cases.by_day(name, h, [model.matrix(), *days])
+    shown = "; ".join(f"{r['task']}: {r['refitted']:.4f}, frozen {r['frozen']:.4f}" for r in rows)
+    if "on the board" in rows[0]:
+        shown += f"; the firmware itself at {rows[0]['task']}: {rows[0]['on the board']:.4f}"
+    met = all(max(r["refitted"], r.get("on the board", 0.0)) <= r["frozen"] for r in rows)
+    return Measured(shown, None if quick and met else met, {"rows": rows})
 
 
 def arithmetic(quick: bool) -> Measured:
@@ -256,10 +282,9 @@ def arithmetic(quick: bool) -> Measured:
         ours, theirs = seeded(lambda h=h, lpf=lpf: MixLinearNet(shape_of(h), 0.5, lpf), 0), SparseTSF(s)
         x = windows(cases.data("ETTh1")["test"], s)[:, :256, : s.lookback].reshape(-1, s.lookback)
         with torch.no_grad():
-            us = {
-                k: cases.microseconds(lambda f=f, x=x: f(x), len(x))
-                for k, f in (("published", ours.published), ("folded", ours), ("sparsetsf", theirs))
-            }
+            calls = {"published": ours.published, "folded": ours, "sparsetsf": theirs}
+            took = cases.seconds({k: functools.partial(f, x) for k, f in calls.items()})
+            us = {k: 1e6 * v / len(x) for k, v in took.items()}
         rows.append({
             "horizon": h, "folded": fold.macs(s), "published": fold.unfolded_macs(s, lpf), "sparsetsf": fold.macs(s),
             "us": us, "parameters": [parameters(ours), parameters(theirs)],
@@ -268,7 +293,7 @@ def arithmetic(quick: bool) -> Measured:
         f"{r['horizon']}: {r['published'] / 1e3:.1f} k MACs as published ({r['us']['published']:.1f} µs), "
         f"{r['folded'] / 1e3:.1f} k folded ({r['us']['folded']:.1f} µs), SparseTSF {r['us']['sparsetsf']:.1f} µs" for r in rows
     )  # fmt: skip
-    return Measured(shown, all(r["folded"] <= r["sparsetsf"] for r in rows), {"rows": rows})
+    return Measured(shown, any(r["us"]["published"] < r["us"]["sparsetsf"] for r in rows), {"rows": rows})
 
 
 def mean_day(quick: bool) -> Measured:
@@ -288,11 +313,12 @@ def mean_day(quick: bool) -> Measured:
 
 BOTH = tuple(FILES.values())
 CLAIMS = [
-    Claim("the published model on ETTh1, 96 steps", "0.1 K parameters; a third party's log shows 0.353",
+    Claim("the published model on ETTh1, 96 steps, started from moments", "0.1 K parameters; a third party's log shows 0.353",
           "MSE ≤ 0.362 for each of 3 seeds, ≤ 70 real numbers", published, out_of_step, needs=BOTH),
     Claim("against SparseTSF, trained by the same loop", "up to 16.2 % less MSE, 81 to 98 % fewer parameters",
           "every task: MSE ≤ 1.01x with ≤ 0.5x the numbers (0.35x at 336 and 720)", against_sparse, untrained, needs=BOTH),
-    Claim("against DLinear and one linear layer, 96 steps", "comparable or better than the state of the art",
+    Claim("against DLinear and one linear layer, trained or by ridge regression, 96 steps",
+          "comparable or better than the state of the art",
           "within 3 % MSE at ≤ 0.2 % of the parameters", against_wide, needs=BOTH),
     Claim("both paths together", "both domains matter", "≤ the better single path + 0.5 %, 96 and 336 steps", ablation,
           needs=BOTH),
@@ -302,9 +328,13 @@ CLAIMS = [
           "≤ 1e-4 apart, int8 + 1 % MSE, RAM ≤ 4 (S + H) bytes", generated,
           functools.partial(generated, other=True), needs=BOTH),
     Claim("weights in flash", "not in the paper", "≤ 1 kB, every task, float32 and int8", flash, needs=BOTH),
-    Claim("updates on the chip equal Python", "not in the paper", "≤ 1e-4, state ≤ 8 kB", on_chip,
+    Claim("updates on the chip equal Python", "not in the paper",
+          "≤ 1e-4; moments, windows and weights of one channel ≤ 8 kB at 96 steps", on_chip,
           functools.partial(on_chip, late=PERIOD), needs=BOTH),
-    Claim("arithmetic against SparseTSF", "up to 3.2 times faster inference", "folded: no more MACs (no bar in the card)",
+    Claim("firmware that refits every day is no worse than frozen", "not in the paper",
+          "MSE ≤ the frozen weights', every task, test months", daily, functools.partial(daily, fitted=False), needs=BOTH),
+    Claim("arithmetic against SparseTSF", "up to 3.2 times faster inference",
+          "as published: faster at one horizon at least, by the clock",
           arithmetic, needs=BOTH),
     Claim("a learned forecast is better than the plain mean day", "not compared", "every task", mean_day, needs=BOTH),
     Claim("Electricity, Traffic, Weather", "comparable or better accuracy", why="these data are not here"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 from torch import nn
 
 from netsuke.apps.signals.forecast import fold
+from netsuke.apps.signals.forecast.device import SWEEPS
 from netsuke.apps.signals.forecast.floors import FLOORS, repeat
 from netsuke.apps.signals.forecast.fold import Array, Shape
 from netsuke.apps.signals.forecast.forecaster import MixLinear, Weights
 from netsuke.apps.signals.forecast.models import DLinear, Fits, MixLinearNet, OneLayer, SparseTSF, parameters
-from netsuke.apps.signals.forecast.moments import Moments, fit_both, least_squares
+from netsuke.apps.signals.forecast.moments import Moments, fit_both, least_squares, sweep
 from netsuke.apps.signals.forecast.series import read
 from netsuke.apps.signals.forecast.training import Plan, errors, fit, seeded
 from netsuke.data.catalogue import find
@@ -33,6 +34,8 @@ SCRIPTS = {
 RATES, PATIENCE = {"ETTh1": 0.03, "ETTh2": 0.02}, {"ETTh1": 10, "ETTh2": 5}
 BATCHES = {("ETTh2", 192): 310, ("ETTh2", 336): 128, ("ETTh2", 720): 310}
 SHARE = {96: 0.5, 192: 0.5, 336: 0.35, 720: 0.35}  # of SparseTSF's parameters that the card allows
+RIDGES = 10.0 ** np.arange(-7, 3)  # strengths, of the mean diagonal, among which validation chooses
+TIMED = 5  # repeats of which a time is the median
 WIDE = {"fits": 1e-3, "dlinear": 5e-3, "one layer": 1e-3}  # rates of the models with thousands of weights
 
 
@@ -115,15 +118,16 @@ def forecaster(kind: str, name: str, horizon: int, quick: bool = False) -> MixLi
     return out
 
 
-def microseconds(call: Callable[[], Any], forecasts: int, repeats: int = 7) -> float:
-    """Median time of a call, per forecast of one channel."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times) / forecasts
+def seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median time of each call; they take turns, after one call each that does not count."""
+    times: dict[str, list[float]] = {k: [] for k in calls}
+    for turn in range(TIMED + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {k: statistics.median(v) for k, v in times.items()}
 
 
 def scored(forecast: Callable[[Array], Array], name: str, horizon: int, split: str = "test") -> dict[str, float]:
@@ -148,17 +152,83 @@ def without_gradients(name: str, horizon: int) -> dict[str, Any]:
     """The moments form at the script's alpha and lpf: seconds from the rows on, bytes of state, every matrix's errors."""
     alpha, lpf = SCRIPTS[name, horizon]
     s, rows = shape_of(horizon), data(name)["train"]
-    start = time.perf_counter()
-    seen = Moments(s, 7)
-    seen.update(rows)
-    a1, a2, w1, w2 = fit_both(seen, alpha, lpf)
-    seconds = time.perf_counter() - start
+
+    def learn() -> tuple[Moments, tuple[Array, Array, Array, Array]]:
+        seen = Moments(s, 7)
+        seen.update(rows)
+        return seen, fit_both(seen, alpha, lpf)
+
+    took = seconds({"moments": learn})["moments"]
+    seen, (a1, a2, w1, w2) = learn()
     time_path, frequency = fold.time_matrix(a1, a2, s), fold.frequency_matrix(w1, w2, s)
     full = fold.frequency_matrix(*fit_both(seen, 0, s.n)[2:], s)
-    out = {"seconds": seconds, "bytes": seen.bytes}
+    out = {"seconds": took, "bytes": seen.bytes}
     for label, matrix in (
         ("mixed", alpha * time_path + (1 - alpha) * frequency), ("time", time_path), ("rank 2", full),
         ("least squares", least_squares(seen)),
     ):  # fmt: skip
         out[label] = scored(lambda x, m=matrix: fold.forecast(x, m, None, s), name, horizon)
     return out
+
+
+def gram(name: str, horizon: int, split: str) -> Array:
+    """(S + H, S + H): products of all windows' rows, each window minus its look-back's mean, over all channels."""
+    total = np.zeros((LOOKBACK + horizon,) * 2)
+    for channel in data(name)[split].T:
+        seen = np.lib.stride_tricks.sliding_window_view(channel, LOOKBACK + horizon)
+        seen = seen - seen[:, :LOOKBACK].mean(1, keepdims=True)
+        total += seen.T @ seen
+    return total
+
+
+@cache
+def ridge(name: str, horizon: int) -> dict[str, Any]:
+    """One linear layer by ridge regression, exactly, its strength chosen on validation: the floor of all that trains one."""
+    start = time.perf_counter()
+    seen, later = (gram(name, horizon, split) for split in ("train", "validation"))
+    values, vectors = np.linalg.eigh(seen[:LOOKBACK, :LOOKBACK])
+    right = vectors.T @ seen[:LOOKBACK, LOOKBACK:]
+
+    def matrix(strength: float) -> Array:
+        return vectors @ (right / (values + strength * values.mean())[:, None])
+
+    def loss(m: Array) -> float:
+        return float(np.sum(m * (later[:LOOKBACK, :LOOKBACK] @ m)) - 2 * np.sum(m * later[:LOOKBACK, LOOKBACK:]))
+
+    strength = min(RIDGES, key=lambda r: loss(matrix(r)))
+    best, took = matrix(strength), time.perf_counter() - start
+
+    def forecast(x: Array) -> Array:
+        mean = x.mean(1, keepdims=True)
+        return (x - mean) @ best + mean
+
+    return {"parameters": best.size, "strength": float(strength), "seconds": took} | scored(forecast, name, horizon)
+
+
+@cache
+def deployed(name: str, horizon: int) -> MixLinear:
+    """The forecaster of firmware that learns: the time path alone, fitted to the training months."""
+    return MixLinear(horizon, LOOKBACK, PERIOD, 1.0, 1).fit(data(name)["train"])
+
+
+def refitted(name: str, horizon: int, start: Moments) -> Iterator[Array]:
+    """The time path's matrix after each day of the test months as generated firmware refits it, beginning with `start`."""
+    model, rows = deployed(name, horizon), data(name)["test"]
+    a1, a2 = model.weights.a1, model.weights.a2
+    for at in range(0, len(rows) - PERIOD + 1, PERIOD):
+        start.update(rows[at : at + PERIOD] / model.scale)
+        for _ in range(SWEEPS):
+            a1, a2 = sweep(a1, a2, start.sxx, start.sxy, model.shape)
+        yield fold.time_matrix(a1, a2, model.shape)
+
+
+def by_day(name: str, horizon: int, matrices: list[Array]) -> float:
+    """MSE over the test's windows, each forecast with the matrix of its day: matrices[k] from row k * PERIOD on."""
+    s, square, count = shape_of(horizon), 0.0, 0
+    for channel in data(name)["test"].T:
+        seen = np.lib.stride_tricks.sliding_window_view(channel, LOOKBACK + horizon)
+        for day in range(LOOKBACK // PERIOD, (LOOKBACK + len(seen) - 1) // PERIOD + 1):
+            part = seen[day * PERIOD - LOOKBACK :][:PERIOD]
+            e = fold.forecast(part[:, :LOOKBACK], matrices[day], None, s) - part[:, LOOKBACK:]
+            square, count = square + float(np.sum(e * e)), count + e.size
+    return square / count
