@@ -15,6 +15,7 @@ from netsuke.graph.differentiate import (
     training_graph,
     with_head,
 )
+from netsuke.graph.host import HostProgram
 from netsuke.graph.ops import OPS
 from netsuke.graph.ops.train import (
     bias_gradient,
@@ -24,6 +25,7 @@ from netsuke.graph.ops.train import (
     mix,
     uniform,
 )
+from netsuke.graph.quantize import quantize
 from netsuke.graph.simulate import to_torch
 from netsuke.graph.update_plan import UpdatePlan, full, head, kept_channels, last, layers
 from tests.graph.small import images, residual_network
@@ -78,6 +80,64 @@ def test_gradients_are_those_of_the_simulation(plan):
             want = want[..., kept_channels(net, net.ops[k], ratios[k])]
             got = found[f"{name}.weight"]
             np.testing.assert_allclose(got.reshape(want.shape), want, rtol=5e-4, atol=1e-5 * np.abs(want).max())
+
+
+def own_network(limited: bool = False):
+    """A float network that netsuke quantizes itself: a convolution with ReLU, a mean over all pixels, a head."""
+    rng, g = np.random.default_rng(0), QGraph("own")
+    g.inputs = (x := g.add(Tensor("image", (1, 12, 12, 3), "float32")),)
+
+    def layer(kind, x, name, shape, out, **attrs):
+        w = g.constant(f"{name}.weight", (rng.normal(size=shape) * np.prod(shape[1:]) ** -0.5).astype(np.float32))
+        b = g.constant(f"{name}.bias", rng.normal(0, 0.1, shape[0]).astype(np.float32))
+        return g.append(kind, (x, w, b), Tensor(name, out, "float32"), **attrs)
+
+    x = layer("conv2d", x, "first", (8, 3, 3, 3), (1, 6, 6, 8), pad=(1, 1, 1, 1), stride=(2, 2), low=0.0)
+    x = layer("conv2d", x, "second", (16, 1, 1, 8), (1, 6, 6, 16))
+    limits = {"low": 0.0, "high": 0.3} if limited else {}
+    x = g.append("avgpool2d", (x,), Tensor("pooled", (1, 1, 1, 16), "float32"), window=(6, 6), **limits)
+    x = g.append("reshape", (x,), Tensor("flat", (1, 16), "float32"))
+    g.outputs = (layer("dense", x, "classifier", (4, 16), (1, 4)),)
+    return quantize(g.check(), [images(16, seed=7).astype(np.float32) / 64])
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_network_quantized_here_is_trained_below_its_pool(limited):
+    """The pool has two scales: what it clips has no gradient, the rest is that of the simulation, in C as well."""
+    net, x = own_network(limited), images(8, seed=5)
+    pool = next(op for op in net.ops if op.kind == "avgpool2d")
+    assert net.tensors[pool.inputs[0]].scale > 1.5 * net.tensors[pool.outputs[0]].scale
+    m = to_torch(net)
+    np.testing.assert_array_equal(m.codes(torch.from_numpy(x)), Interpreter(net).run(x)[0])
+    found = gradients(training_graph(net, full(net), 4))
+    for k in (*layers(net), head(net)):
+        m.weight(k).requires_grad_(True)
+    torch.nn.functional.cross_entropy(m(torch.from_numpy(inputs()[0])), torch.tensor([2])).backward()
+    for k in (*layers(net), head(net)):
+        want = m.operators[k].layout(m.weight(k).grad.numpy())
+        got = found[f"{net.ops[k].name}.weight"].reshape(want.shape)
+        assert np.abs(want).max() > 0
+        np.testing.assert_allclose(got, want, rtol=5e-4, atol=1e-5 * np.abs(want).max())
+    step = training_graph(net, full(net), 4)
+    run, host = ReferenceTraining(step), HostProgram(step)
+    chances = []
+    for k in range(400):
+        i = k % 8
+        chances.append(run.step(x[i], label=i % 4, rate=0.05)[1])
+        host.run(x[i : i + 1], np.array([i % 4], np.int32), np.array([0.05], np.float32))
+    assert np.mean(-np.log(chances[-8:])) < np.mean(-np.log(chances[:8]))
+    start = {t.name: t.data for t in net.tensors}
+    assert not any(np.array_equal(run.variables()[f"{n}.weight"], start[f"{n}.weight"]) for n in ("first", "second"))
+    for index, values in host.variables().items():
+        np.testing.assert_array_equal(values, run.graph.tensors[index].data)
+
+
+def test_a_pool_over_a_part_of_the_image_is_named():
+    net = own_network()
+    pool = next(op for op in net.ops if op.kind == "avgpool2d")
+    pool.attrs |= {"window": (4, 4), "stride": (3, 3)}  # still 1 x 1, the mean of 16 of 36 pixels
+    with pytest.raises(NetsukeError, match="the pool 'pooled' maps"):
+        training_graph(net.check(), full(net), 4)
 
 
 def test_dead_code_is_dropped():

@@ -168,7 +168,7 @@ class _Builder:
                 self._make_variable(k, op)
                 op = replace(op, inputs=(op.inputs[0], self._weights(k, op), op.inputs[2]))
         g.ops.append(op)
-        if k < self.first or op.kind in ("reshape", "avgpool2d"):
+        if k < self.first or op.kind == "reshape" or (op.kind == "avgpool2d" and not clips(g, op)):
             return
         y = g.tensors[op.outputs[0]]
         low, high = (int(v) for v in limits(g, op))
@@ -234,6 +234,8 @@ class _Builder:
         if op.kind == "reshape":
             self._collect(op.inputs[0], g.append("reshape", (dy,), _like(x)))
         elif op.kind == "avgpool2d":
+            if k in self.masks:
+                dy = self._clipped(k, op, dy, op.inputs[0])
             self._collect(op.inputs[0], g.append("pool_gradient", (dy,), _like(x), factor=mean_factor(g, op)))
         elif op.kind == "add":
             y = g.tensors[op.outputs[0]]
@@ -243,10 +245,15 @@ class _Builder:
                     "train only layers behind it",
                 )  # fmt: skip
             for i in op.inputs:
-                e = g.constant(f"{op.name}.e", np.array([g.tensors[i].scale / y.scale], np.float32))
-                self._collect(i, g.append("clip_gradient", (dy, self.masks[k], e), _like(g.tensors[i])))
+                self._collect(i, self._clipped(k, op, dy, i))
         else:
             self._layer(k, op, dy, x)
+
+    def _clipped(self, k: int, op: Op, dy: int, source: int) -> int:
+        """The gradient of an output by its codes as one by those of `source`, 0 where the output was clipped."""
+        g, y = self.g, self.g.tensors[op.outputs[0]]
+        e = g.constant(f"{op.name}.e", np.array([g.tensors[source].scale / y.scale], np.float32))
+        return g.append("clip_gradient", (dy, self.masks[k], e), _like(y))
 
     def _layer(self, k: int, op: Op, dy: int, x: Tensor) -> None:
         g = self.g
@@ -289,16 +296,21 @@ class _Builder:
         self.gradients[tensor] = gradient
 
 
+def clips(graph: QGraph, op: Op) -> bool:
+    """Whether an int8 pool may clip what it averages: at one scale a mean lies among the codes that it is the mean of."""
+    return not one_scale(graph, op) or bool({"low", "high"} & set(op.attrs))
+
+
 def mean_factor(graph: QGraph, op: Op) -> float:
     """What a pooled element's gradient is multiplied by for each of its pixels.
 
-    Raises NetsukeError unless the pool is one mean over all pixels at one scale: then nothing is clipped.
+    Raises NetsukeError unless the pool is one mean over all pixels.
     """
     x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
-    if y.shape[1:3] != (1, 1) or not one_scale(graph, op) or "low" in op.attrs:
+    if y.shape[1:3] != (1, 1) or tuple(op.attrs["window"]) != x.shape[1:3] or any(op.attrs.get("pad", ())):
         raise NetsukeError(
             f"train {graph.name}", f"the pool {op.name!r} maps {x.shape} to {y.shape}",
-            "the mean over all pixels at one scale", "train only layers behind it",
+            "the mean over all pixels", "train only layers behind it",
         )  # fmt: skip
     return 1.0 / math.prod(x.shape[1:3])
 

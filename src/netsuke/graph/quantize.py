@@ -247,7 +247,10 @@ class _Quantizer:
         joined: dict[int, Histogram] = {}
         for i, histogram in self.observed.histograms.items():
             source = writer(g, i)
-            if source is None or source.kind not in (*MOVES, "concat") or source.kind == "concat":
+            known = source is not None and (source.kind in MOVES or source.kind == "concat") and all(
+                j in self.observed.histograms and find(j) == find(i) for j in source.inputs
+            )  # fmt: skip
+            if not known:  # else its elements were counted with the tensors that they come from
                 joined.setdefault(find(i), Histogram()).merge(histogram)
         found = {k: spread(*h.range(self.method)) for k, h in joined.items()} | fixed
         return {i: found[find(i)] for i in self.observed.histograms}

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from netsuke.errors import NetsukeError
-from netsuke.graph.differentiate import mean_factor
+from netsuke.graph.differentiate import clips, mean_factor
 from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import Op, QGraph
 from netsuke.graph.ops.base import limits
 from netsuke.graph.ops.conv import LARGEST_SUM, ratios
+from netsuke.graph.ops.shape import one_scale, pool_multipliers
 from netsuke.graph.requant import multipliers, sum_multipliers
 
 EXACT = float(1 << 24)  # integers below are exact in float32, whatever the order of a sum
@@ -258,21 +259,35 @@ class _Add(nn.Module):
 class _PoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: _Pool) -> Tensor:
-        total = x.long().sum((2, 3), keepdim=True)
-        ctx.count, ctx.shape = p.count, x.shape
-        return (total.sign() * ((total.abs() + p.count // 2) // p.count)).float()
+        if p.m is None:
+            total = x.long().sum((2, 3), keepdim=True)
+            mean = total.sign() * ((total.abs() + p.count // 2) // p.count)
+        else:
+            total = (x.long() - p.zx).sum((2, 3), keepdim=True)
+            mean = ((total * p.m + (1 << (p.shift - 1))) >> p.shift) + p.zy
+        y = mean.clamp(p.low, p.high).float()
+        ctx.save_for_backward(((y > p.low) & (y < p.high)) | (not p.clips))
+        ctx.p, ctx.shape = p, x.shape
+        return y
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return (g / ctx.count).expand(ctx.shape), None
+        return (g * ctx.saved_tensors[0] * (ctx.p.e / ctx.p.count)).expand(ctx.shape), None
 
 
 class _Pool(nn.Module):
-    """The mean over all pixels. Its scales are equal, so nothing is ever clipped."""
+    """The mean over all pixels. At one scale and without limits nothing is ever clipped."""
 
     def __init__(self, graph: QGraph, op: Op):
         super().__init__()
-        self.count = round(1 / mean_factor(graph, op))
+        x, y = graph.tensors[op.inputs[0]], graph.tensors[op.outputs[0]]
+        self.count, self.clips = round(1 / mean_factor(graph, op)), clips(graph, op)
+        self.zx, self.zy, self.e = x.zero, y.zero, float(x.scale / y.scale)
+        self.low, self.high = (int(v) for v in limits(graph, op))
+        self.m = None
+        if not one_scale(graph, op):
+            m, self.shift = pool_multipliers(graph, op)
+            self.m = int(m[self.count])
 
     def forward(self, x: Tensor) -> Tensor:
         return _PoolFunction.apply(x, self)
