@@ -13,6 +13,7 @@ from netsuke.models.llama import BlockShape, LlamaConfig, random_llama
 from netsuke.models.load import load
 from netsuke.models.save import save_artifact
 from netsuke.models.skeleton import check_config
+from netsuke.runtime.engine import Engine
 from netsuke.runtime.memory_plan import linear_layers, uniform_specs
 from tests.tiny import same_state, tiny_task
 
@@ -103,6 +104,11 @@ def test_methods_that_cannot_treat_it_say_why():
         reason = kind().accepts(model)
         assert reason is None or "mixture" in reason, name
     assert "modules=qk,vo" in registry()["modegpt"]().accepts(model)
+
+
+def test_the_engine_points_to_the_other_runtime():
+    with pytest.raises(NetsukeError, match="mixture of 4 experts.*--backend torch"):
+        Engine.of_model(mixture())
 
 
 def test_plans_refuse_with_a_sentence():
