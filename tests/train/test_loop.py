@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from netsuke.errors import NetsukeError
 from netsuke.models.llama import random_llama
 from netsuke.tasks.language import token_losses
 from netsuke.train.loop import LoopKnobs, rate_at, train
@@ -71,6 +72,20 @@ def test_the_rate_rises_stays_and_falls():
     assert rate_at(0.3, knobs) == 1.0
     assert rate_at(0.75, knobs) == pytest.approx(0.5)
     assert rate_at(1.0, knobs) == 0.0
+
+
+def test_by_epochs_the_rate_holds_for_three_and_then_falls_by_a_fifth_each():
+    knobs = LoopKnobs(steps=300, epoch=10)
+    rates = [rate_at(step / 300, knobs) for step in range(300)]
+    assert rates[:30] == [1.0] * 30  # three epochs, no warm-up
+    assert all(len(set(rates[e : e + 10])) == 1 for e in range(0, 300, 10))
+    assert rates[30:300:10] == pytest.approx([0.8**k for k in range(1, 28)])
+    assert rates[-1] == pytest.approx(0.0024, abs=1e-4)
+
+
+def test_epochs_within_minutes_are_refused():
+    with pytest.raises(NetsukeError, match="epoch or minutes"):
+        LoopKnobs(steps=100, epoch=10, minutes=1.0)
 
 
 def test_time_ends_a_run():

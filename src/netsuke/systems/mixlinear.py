@@ -16,6 +16,7 @@ What differs, and why
     three random starts ends in one (measured below). The start counts as epoch 0 for early stopping.
     A complex number counts as two. The scripts' lpf then make MixLinear as large as SparseTSF on ETTh2 (141 to 145 numbers at a
     horizon of 96); against SparseTSF lpf is cut to what half (0.35 at 336 and 720) of its size allows, alpha stays the script's.
+    The rate falls by a fifth per epoch after three full ones; in SparseTSF's loop, which sets it after each epoch, after four.
     FITS and DLinear are "like": see models.py. All windows are scored, no batch is dropped.
 
 What the controls are

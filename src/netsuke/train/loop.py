@@ -3,7 +3,8 @@
 Matrices inside the blocks are stepped by Muon (orthogonalised momentum, Jordan 2024; `torch.optim.Muon`), everything
 else by AdamW. The rate warms up, stays, and falls linearly to zero over the last part; progress is counted in steps or, when
 `minutes` is given, in whichever of time and steps is further along, so that a run always ends fully annealed. With `epoch` set
-the rate falls by a factor per epoch instead, as forecasters are trained, and `on_step` may end the run early.
+the rate falls by a factor per epoch instead, as forecasters are trained, and `on_step` may end the run early; time cannot, as
+epochs are counted in steps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from netsuke.errors import NetsukeError
+
 
 @dataclass(frozen=True)
 class LoopKnobs:
@@ -31,9 +34,18 @@ class LoopKnobs:
     minutes: float | None = None
     bf16: bool = False  # bfloat16 autocast: twice the tokens per second where the CPU has the instructions
     epoch: int | None = None  # steps of an epoch: the full rate for `hold` epochs, then times `fall` after each
-    hold: int = 3
-    fall: float = 0.8
+    hold: int = (
+        3  # of the schedule that long forecasts share ("type3"): small maps are close to their end after three epochs
+    )
+    fall: float = 0.8  # of the same: 30 epochs then end at 0.2 % of the rate, and patience ends most runs before
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 for noisy regression
+
+    def __post_init__(self) -> None:
+        if self.epoch and self.minutes:
+            raise NetsukeError(
+                "train by epochs within minutes", "the rate of an epoch depends on steps alone", "epoch or minutes",
+                "fewer epochs, or on_step to end the run",
+            )  # fmt: skip
 
 
 @dataclass

@@ -37,6 +37,26 @@ def test_moments_and_windows_agree_on_the_test_months():
     assert cases.moments("ETTh1", 96, "test").mse(matrix) == pytest.approx(by_windows, rel=1e-9)
 
 
+def test_a_frozen_forecaster_scored_by_day_is_scored_by_window():
+    s = cases.shape_of(336)
+    matrix = np.random.default_rng(0).normal(size=(s.m, s.n)) / s.n
+    by_window = cases.scored(lambda x: cases.fold.forecast(x, matrix, None, s), "ETTh1", 336)["mse"]
+    days = [matrix] * (len(cases.data("ETTh1")["test"]) // cases.PERIOD + 1)
+    assert cases.by_day("ETTh1", 336, days) == pytest.approx(by_window, rel=1e-9)
+
+
+def test_a_days_weights_know_nothing_of_the_days_after(monkeypatch):
+    rows = cases.data("ETTh1")
+    changed = rows | {"test": rows["test"].copy()}
+    changed["test"][1200:] += 5
+    start = cases.deployed("ETTh1", 96).moments.on_chip
+    before = list(cases.refitted("ETTh1", 96, start()))
+    monkeypatch.setattr(cases, "data", lambda name: changed)
+    after = list(cases.refitted("ETTh1", 96, start()))
+    same = [np.array_equal(a, b) for a, b in zip(before, after)]
+    assert len(same) == 150 and all(same[:50]) and not any(same[51:])
+
+
 def test_the_small_setting_stays_inside_the_cards_share():
     for name, h in cases.TASKS:
         s = cases.shape_of(h)
