@@ -21,6 +21,7 @@ from netsuke.models.gguf_file import is_gguf
 from netsuke.models.llama import Llama, LlamaConfig
 from netsuke.models.places import FORMAT, MANIFEST, SHIPPED, SUFFIX, VERSION, WEIGHTS, digest
 from netsuke.models.skeleton import FLOATS, check_config, check_float, check_tensors, fill, skeleton
+from netsuke.models.static_sites import stand_static
 from netsuke.models.tokenizer import KINDS, Tokenizer, read_tokenizer
 from netsuke.models.weights import WeightFile
 
@@ -61,6 +62,7 @@ class _Manifest(msgspec.Struct):
     provenance: dict[str, Any]
     facts: dict[str, Any]
     budget: dict[str, Any] | None = None
+    sites: dict[str, dict[str, Any]] = {}
 
 
 def shipped_names() -> list[str]:
@@ -210,6 +212,7 @@ def open_artifact(folder: Path, raw: dict[str, Any], verify: bool) -> OpenArtifa
     cfg = check_config(manifest.config, folder)
     check_files(folder, manifest.files, verify)
     model = skeleton(cfg, manifest.layers, folder)
+    stand_static(model, manifest.sites, folder)
     weights = WeightFile(folder / WEIGHTS)
     state = model.state_dict()
     check_tensors(

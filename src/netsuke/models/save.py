@@ -2,8 +2,8 @@
 
 weights.safetensors   every tensor under its name in the model's state
 tokenizer.json|.bin   when the model has a tokenizer
-manifest.json         format, version, config, spec of each linear map, sha256 of each file, provenance, budget,
-facts
+manifest.json         format, version, config, spec of each linear map, grids of sites where activations are quantized, sha256
+                      of each file, provenance, budget, facts
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from netsuke.models.artifact import check_writable, write_artifact, write_file
 from netsuke.models.llama import Llama
 from netsuke.models.places import WEIGHTS
 from netsuke.models.tokenizer import Tokenizer
+from netsuke.models.static_sites import static_sites
 from netsuke.models.weights import check_finite, write_safetensors
 
 
@@ -43,6 +44,9 @@ def save_artifact(
         "layers": {name: layer.spec() for name, layer in model.linears().items()},
         "provenance": provenance, "budget": budget, "facts": facts,
     }  # fmt: skip
+
+    if grids := {name: grid.spec() for name, grid in static_sites(model).items()}:
+        manifest["sites"] = grids
 
     def fill(part: Path) -> None:
         write_safetensors(part / WEIGHTS, state, {"format": "pt"})

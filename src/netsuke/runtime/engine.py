@@ -65,7 +65,7 @@ def engine_plan(
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that an engine would take for an artifact with this manifest: {weights (mapped), kv_cache, activations,
     scratch, tables, allocated (all but weights)}. Raises NetsukeError for settings that no engine has."""
-    _refuse_sites(manifest, "plan the engine's memory")
+    _check_runs(manifest, "plan the engine's memory")
     try:
         return _native().plan(
             json.dumps(manifest), context or 0, slots, chunk, logit_rows, threads or 0, _cache(kv)
@@ -74,7 +74,13 @@ def engine_plan(
         raise _refuse("plan the engine's memory", e) from e
 
 
-def _refuse_sites(manifest: dict[str, Any], asked: str) -> None:
+def _check_runs(manifest: dict[str, Any], asked: str) -> None:
+    """Raises NetsukeError for what only the PyTorch runtime runs."""
+    config = manifest.get("config")
+    for i, block in enumerate(config.get("blocks") or () if isinstance(config, dict) else ()):
+        if isinstance(block, dict) and block.get("experts"):
+            found = f"block {i} is a mixture of {block['experts']} experts"
+            raise NetsukeError(asked, found, "one feed-forward part a block", "--backend torch")
     if sites := manifest.get("sites"):
         first = next(iter(sites))
         raise NetsukeError(
@@ -114,7 +120,7 @@ class Engine:
         self.source = source or str(folder)
         native = _native()
         self.manifest = read_json(folder / MANIFEST)
-        _refuse_sites(self.manifest, f"load {self.source}")
+        _check_runs(self.manifest, f"load {self.source}")
         try:
             self._core = native.Engine(
                 str(folder), context or 0, slots, chunk, min(logit_rows, chunk), threads or 0, _cache(kv), isa
@@ -233,15 +239,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _check_runs(manifest: dict[str, Any], source: str) -> None:
-    """Raises NetsukeError for what only the PyTorch runtime runs."""
-    blocks = (manifest.get("config") or {}).get("blocks") or []
-    for i, block in enumerate(blocks):
-        if isinstance(block, dict) and block.get("experts"):
-            found = f"block {i} is a mixture of {block['experts']} experts"
-            raise NetsukeError(f"run {source} in the engine", found, "one feed-forward part a block", "--backend torch")
 
 
 def _check_files(folder: Path, verify: bool) -> None:

@@ -1,0 +1,28 @@
+"""Static grids of activations at a model's sites: what an artifact keeps of them, and how they come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from netsuke.errors import NetsukeError
+from netsuke.layers.static import StaticGrid
+from netsuke.models.llama import Llama
+
+
+def static_sites(model: Llama) -> dict[str, StaticGrid]:
+    """The grids that stand in a model, by site ("blocks.0.hidden"). Masks and listeners are none and are not stored."""
+    return {
+        f"blocks.{i}.{site}": function
+        for i, block in enumerate(model.blocks)
+        for site, function in block.sites.items()
+        if isinstance(function, StaticGrid)
+    }
+
+
+def stand_static(model: Llama, specs: dict[str, Any], source: str | Path) -> None:
+    """Puts the grids that `specs` describes into the model. Raises NetsukeError for a site or a grid that cannot be."""
+    try:
+        model.stand({name: StaticGrid.from_spec(spec) for name, spec in specs.items()})
+    except NetsukeError as e:
+        raise NetsukeError(f"load {source}", f"sites: {e.found}", e.allowed, e.attempt) from e
