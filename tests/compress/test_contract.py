@@ -13,6 +13,7 @@ from netsuke.compress.method import from_json, registry
 from netsuke.compress.quantize import Quantize, quantize_linear
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
+from netsuke.layers.lowrank import LowRank
 from netsuke.models.llama import BlockShape
 from netsuke.models.load import load
 from netsuke.models.save import save_artifact
@@ -25,6 +26,10 @@ SAMPLES = {
         {"bits": 3, "group": 20, "solver": "rtn", "embed_bits": 16, "per_layer": {"blocks.1.o": 16}},
     ],
     "modegpt": [{"remove": 0.2, "calibration": 8}],
+    "factorize": [
+        {"rank": 0.5, "calibration": 8},
+        {"rank": 6, "calibration": 8, "per_layer": {"blocks.1.o": 0.3}, "exclude": ["blocks.0.q"]},
+    ],
 }
 UNEVEN = (BlockShape(80, 12), BlockShape(53, 7, ((0, 2, 5), (1, 2, 3))))
 MODELS = {
@@ -124,9 +129,11 @@ def test_saved_and_loaded_gives_the_same_outputs(name, knobs, model, carve, task
 @matrix
 def test_composes_with_quantization(name, knobs, model, carve, task):
     _, _, after = carve(name, knobs, model)
-    dense = {n: 4 for n, m in after.linears().items() if isinstance(m, Dense)}
+    dense = {n: 4 for n, m in after.linears().items() if isinstance(m, Dense | LowRank)}
     small = Quantize(bits=16, group=16, per_layer=dense, calibration=4).apply(after, task)
-    assert all(m.spec()["kind"] == "quant" for m in small.linears().values())
+    for name, layer in small.linears().items():
+        parts = (layer.first, layer.second) if isinstance(layer, LowRank) else (layer,)
+        assert all(p.spec()["kind"] == "quant" for p in parts), name
     assert outputs(small, task).isfinite().all()
     if dense:
         assert small.bytes() < after.bytes()

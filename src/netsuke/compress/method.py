@@ -52,10 +52,11 @@ class Method:
 
 def registry() -> dict[str, type[Method]]:
     """All methods by name: one row each. A row earns the contract tests of tests/compress/test_contract.py."""
+    from netsuke.compress.factorize import Factorize
     from netsuke.compress.modegpt import MoDeGPT
     from netsuke.compress.quantize import Quantize
 
-    return {m.name: m for m in (Quantize, MoDeGPT)}
+    return {m.name: m for m in (Quantize, MoDeGPT, Factorize)}
 
 
 def from_json(value: dict[str, Any]) -> Method:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from netsuke.compress.method import Method
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense, LinearBase, halved
+from netsuke.layers.lowrank import LowRank
 from netsuke.layers.packing import WIDTHS
 from netsuke.layers.quantized import QuantLinear, group_count
 from netsuke.measure.activations import Gram
@@ -183,6 +184,19 @@ def quantize_linear(
     return codes.layer(None if layer.bias is None else layer.bias.detach().clone())
 
 
+def quantize_factors(
+    layer: LowRank, bits: int, group: int, solver: str, gram: Gram | None, name: str, damp: float
+) -> LowRank:
+    """Both factors quantized, the second under the statistics of what the first now gives: A C Aᵀ. Raises NetsukeError as
+    `quantize_linear`."""
+    first = quantize_linear(layer.first, bits, group, solver, gram, f"{name}.first", damp)
+    between = None
+    if gram is not None:
+        A, between = first.to_dense().double(), Gram()
+        between.total, between.rows = A @ gram.total @ A.T, gram.rows
+    return LowRank(first, quantize_linear(layer.second, bits, group, solver, between, f"{name}.second", damp))
+
+
 def table_solver(tied: bool, name: str, bits: int) -> tuple[str, float]:
     """Solver and damping for "embed" or "head". A head is a linear map like others; a table that is only looked up has no
     inputs to compensate for; a tied one is both, so its compensation is held back by a ridge, and 8 bits need none."""
@@ -310,7 +324,10 @@ class Quantize(Method):
             if name not in linears:
                 return f"per_layer names {name!r}, which this model does not have (it has {', '.join(linears)})"
         for name, bits in self.plan(model).items():
-            if bits < 16 and not isinstance(linears[name], Dense):
+            parts = (
+                (linears[name].first, linears[name].second) if isinstance(linears[name], LowRank) else (linears[name],)
+            )
+            if bits < 16 and not all(isinstance(p, Dense) for p in parts):
                 return (
                     f"{name} is stored as {linears[name].spec()['kind']} already: quantize the dense model it came from"
                 )
@@ -331,6 +348,8 @@ class Quantize(Method):
                 layer = model.get_submodule(name)
                 if bits[name] == 16:
                     new = halved(layer, name)
+                elif isinstance(layer, LowRank):
+                    new = quantize_factors(layer, bits[name], self.group, solver, gram, name, damp)
                 else:
                     new = quantize_linear(layer, bits[name], self.group, solver, gram, name, damp)
                 model.replace(name, new)
