@@ -107,7 +107,7 @@ def test_methods_that_cannot_treat_it_say_why():
 
 
 def test_the_engine_points_to_the_other_runtime():
-    with pytest.raises(NetsukeError, match="mixture of 4 experts.*--backend torch"):
+    with pytest.raises(NetsukeError, match=r"mixture of 4 experts.*--backend torch"):
         Engine.of_model(mixture())
 
 
