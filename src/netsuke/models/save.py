@@ -17,8 +17,8 @@ import msgspec
 from netsuke.models.artifact import check_writable, write_artifact, write_file
 from netsuke.models.llama import Llama
 from netsuke.models.places import WEIGHTS
-from netsuke.models.tokenizer import Tokenizer
 from netsuke.models.static_sites import static_sites
+from netsuke.models.tokenizer import Tokenizer
 from netsuke.models.weights import check_finite, write_safetensors
 
 
