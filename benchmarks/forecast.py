@@ -1,68 +1,85 @@
-"""ETTh1 and ETTh2, all horizons: MixLinear beside SparseTSF, FITS- and DLinear-like models, one linear layer and plain floors.
+"""ETTh1 and ETTh2, all horizons: MixLinear beside SparseTSF, FITS- and DLinear-like models, linear layers and plain floors.
 
-    python benchmarks/forecast.py [--json]
+    python benchmarks/forecast.py [--json] [--only METHOD] …
+    python benchmarks/forecast.py --docs
 
 One split, one loop, every window of the test months scored once, errors on scaled values, a complex number counted as two. The
 data are third-party files below $NETSUKE_DATA (mixlinear/). neuralforecast is not run beside it: installing it brings
-PyTorch's CUDA libraries; of its models DLinear is re-implemented here.
+PyTorch's CUDA libraries; of its models DLinear is re-implemented here. A run of some methods keeps the other rows of the result
+file and names its own run beside its methods. --docs measures nothing and writes the tables of docs/forecast.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from netsuke.measure.machine import provenance
-from netsuke.systems import mixlinear_cases as cases
+from forecast_docs import RESULT, methods, mse
+from forecast_docs import write as write_docs
 
-RESULT = Path(__file__).parent / "results/forecast.json"
+FLOORS = {"repeat last day": "last period", "repeat last week": "last week", "mean day": "mean period"}
+MOMENTS = {"MixLinear, moments": "mixed", "least squares per phase": "least squares"}
 TRAINED = {
     "MixLinear, script": "mixlinear", "MixLinear, small": "small", "SparseTSF": "sparsetsf", "FITS-like": "fits",
     "DLinear": "dlinear", "one layer": "one layer",
 }  # fmt: skip
-FLOORS = {"last period": "repeat last day", "last week": "repeat last week", "mean period": "mean day"}
-MOMENTS = {"mixed": "MixLinear, moments", "least squares": "least squares per phase"}
+RIDGE = "one layer, ridge"
+METHODS = (*FLOORS, *MOMENTS, *TRAINED, RIDGE)
 
 
-def rows_of(name: str, horizon: int) -> list[dict[str, Any]]:
-    task, s = {"set": name, "horizon": horizon}, cases.shape_of(horizon)
-    rows = [task | {"method": FLOORS[k], "parameters": 0} | v for k, v in cases.floors(name, horizon).items()]
-    seen = cases.without_gradients(name, horizon)
-    lpf = cases.SCRIPTS[name, horizon][1]
-    sizes = {"mixed": 2 * s.p * s.q + 4 * (lpf + s.m), "least squares": s.n * s.m}
-    rows += [
-        task | {"method": MOMENTS[k], "parameters": sizes[k], "seconds": seen["seconds"]} | seen[k] for k in MOMENTS
-    ]
-    for label, kind in TRAINED.items():
-        got = cases.trained(kind, name, horizon)
-        rows.append(task | {"method": label} | {k: got[k] for k in ("parameters", "seconds", "epochs", "mse", "mae")})
-    return rows
+def row_of(method: str, name: str, horizon: int) -> dict[str, Any]:
+    """What one method gives on one task."""
+    from netsuke.systems import mixlinear_cases as cases
+
+    s, lpf = cases.shape_of(horizon), cases.SCRIPTS[name, horizon][1]
+    if method in FLOORS:
+        got = {"parameters": 0} | cases.floors(name, horizon)[FLOORS[method]]
+    elif method in MOMENTS:
+        seen = cases.without_gradients(name, horizon)
+        sizes = {"mixed": 2 * s.p * s.q + 4 * (lpf + s.m), "least squares": s.n * s.m}
+        got = {"parameters": sizes[MOMENTS[method]], "seconds": seen["seconds"]} | seen[MOMENTS[method]]
+    elif method == RIDGE:
+        got = cases.ridge(name, horizon)
+    else:
+        seen = cases.trained(TRAINED[method], name, horizon)
+        got = {k: seen[k] for k in ("parameters", "seconds", "epochs", "mse", "mae")}
+    return {"set": name, "horizon": horizon, "method": method} | got
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: methods down, tasks across, MSE with the parameters."""
-    tasks = list(dict.fromkeys((r["set"], r["horizon"]) for r in rows))
-    lines = ["| MSE (parameters) | " + " | ".join(f"{n} {h}" for n, h in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    for method in dict.fromkeys(r["method"] for r in rows):
-        mine = {(r["set"], r["horizon"]): r for r in rows if r["method"] == method}
-        cells = [f"{mine[t]['mse']:.4f} ({mine[t]['parameters']})" if t in mine else "–" for t in tasks]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def kept(rows: list[dict[str, Any]], measured: list[str]) -> dict[str, Any]:
+    """The content of the result file with `rows` of the `measured` methods; the others as they stand there."""
+    from netsuke.measure.machine import provenance
+
+    if set(measured) == set(METHODS) or not RESULT.exists():
+        return {"rows": rows, "run": provenance()}
+    old = json.loads(RESULT.read_text(encoding="utf-8"))
+    rows = [r for r in old["rows"] if r["method"] not in measured] + rows
+    tasks = methods(rows)[1]
+    rows.sort(key=lambda r: (tasks.index((r["set"], r["horizon"])), METHODS.index(r["method"])))
+    return {"rows": rows, "run": old["run"], "runs": old.get("runs", {}) | dict.fromkeys(measured, provenance())}
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__)
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
+    ask.add_argument("--only", action="append", choices=METHODS, help="measure this method; the other rows stay")
+    ask.add_argument("--docs", action="store_true", help="write the tables of docs/forecast.md from the result files")
     args = ask.parse_args()
-    rows = []
+    if args.docs:
+        write_docs()
+        return
+    from netsuke.models.files import write_atomically
+    from netsuke.systems import mixlinear_cases as cases
+
+    rows: list[dict[str, Any]] = []
     for name, horizon in cases.TASKS:
-        rows += rows_of(name, horizon)
+        rows += [row_of(method, name, horizon) for method in args.only or METHODS]
         print(f"{name} {horizon} done", flush=True)
-    print(table(rows))
+    print(mse({"rows": rows}))
     if args.json:
-        RESULT.write_text(json.dumps({"rows": rows, "run": provenance()}, indent=1) + "\n")
+        text = json.dumps(kept(rows, args.only or list(METHODS)), indent=1) + "\n"
+        write_atomically(RESULT, lambda f: f.write(text.encode()))
 
 
 if __name__ == "__main__":
