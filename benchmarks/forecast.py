@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from forecast_docs import RESULT, methods, mse
@@ -47,13 +48,13 @@ def row_of(method: str, name: str, horizon: int) -> dict[str, Any]:
     return {"set": name, "horizon": horizon, "method": method} | got
 
 
-def kept(rows: list[dict[str, Any]], measured: list[str]) -> dict[str, Any]:
-    """The content of the result file with `rows` of the `measured` methods; the others as they stand there."""
+def kept(rows: list[dict[str, Any]], measured: list[str], path: Path = RESULT) -> dict[str, Any]:
+    """The content of the result file `path` with `rows` of the `measured` methods; the others as they stand there."""
     from netsuke.measure.machine import provenance
 
-    if set(measured) == set(METHODS) or not RESULT.exists():
+    if set(measured) == set(METHODS) or not path.exists():
         return {"rows": rows, "run": provenance()}
-    old = json.loads(RESULT.read_text(encoding="utf-8"))
+    old = json.loads(path.read_text(encoding="utf-8"))
     rows = [r for r in old["rows"] if r["method"] not in measured] + rows
     tasks = methods(rows)[1]
     rows.sort(key=lambda r: (tasks.index((r["set"], r["horizon"])), METHODS.index(r["method"])))
