@@ -116,6 +116,43 @@ def test_old_opsets(tmp_path):
     compare(tmp_path, nodes, {}, (1, 2, 3), opset=10)
 
 
+BIG = np.array([1 << 30, 1 << 30])
+COLUMN = {"a": np.zeros((1 << 12, 1), np.float32), "b": np.zeros((1, 1 << 12), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "constants", "says"),
+    [
+        ("ConstantOfShape", "n", {"n": BIG}, "'c'.*elements"),
+        ("Expand", "x0 n", {"x0": np.float32(1), "n": BIG}, "'c'.*elements"),
+        ("Tile", "x0 n", {"x0": np.ones((1, 1), np.float32), "n": BIG}, "'c'.*elements"),
+        ("Range", "z n one", {"z": np.array(0), "n": np.array(1 << 60), "one": np.array(1)}, "'c'.*elements"),
+        ("Range", "z n one", {"z": np.array(0), "n": np.array(9), "one": np.array(0)}, "'c'.*elements"),
+        ("Add", "a b", COLUMN, "'c'.*1.68e.07 elements"),
+        ("Gather", "a i", COLUMN | {"i": np.zeros(1 << 23, np.int8)}, "'c'.*elements"),
+        ("MatMul", "a b", COLUMN, "'c'.*not done here"),
+        ("Reshape", "a n", COLUMN | {"n": np.array([3, 5])}, "'c'.*do not fit"),
+        ("Gather", "a i", COLUMN | {"i": np.array([1 << 40])}, "'c'.*do not fit"),
+        ("Concat", "a b", COLUMN, "'c'"),
+    ],
+)
+def test_constants_are_computed_within_limits(tmp_path, kind, inputs, constants, says):
+    m = model([node(kind, inputs, "c"), node("Add", "x c", "y")], constants, (1, 4))
+    with pytest.raises(NetsukeError, match=says):
+        read_onnx(save(tmp_path / "x.onnx", m))
+
+
+def test_a_constant_of_an_operator_lies_in_the_file(tmp_path):
+    value = numpy_helper.from_array(np.ones(4, np.float32), "outside")
+    value.ClearField("raw_data")
+    value.data_location = TensorProto.EXTERNAL
+    entry = value.external_data.add()
+    entry.key, entry.value = "location", "../../etc/passwd"
+    m = model([helper.make_node("Constant", [], ["c"], "c", value=value), node("Add", "x c", "y")], {}, (1, 4))
+    with pytest.raises(NetsukeError, match="'outside' lie in another file"):
+        read_onnx(save(tmp_path / "x.onnx", m))
+
+
 W = {"w": weights(2, 3, 3, 3)}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from netsuke.errors import NetsukeError
+from netsuke.graph.read.flatbuffer import Flatbuffer
 from netsuke.graph.read.tflite import read_tflite
 from tests.graph.tflite_cases import S, ints
 from tests.graph.tflite_writer import Step, T, small, write
@@ -30,6 +31,11 @@ def patched(form, find, value):
     data = bytearray(changed(0))
     struct.pack_into(form, data, data.index(find), value)
     return bytes(data)
+
+
+def vector_of(n, width):
+    """A table whose first field is a vector of n elements, all zero: a list of tables, integers or letters."""
+    return b"\x10\0\0\0TFL3" + struct.pack("<HHHHiII", 6, 8, 4, 0, 8, 4, n) + bytes(n * width)
 
 
 NAN = np.full(3, np.nan, np.float32)
@@ -101,3 +107,16 @@ def test_any_byte_may_be_wrong(tmp_path):
         except NetsukeError:
             refused += 1
     assert 300 < refused < 1200
+
+
+@pytest.mark.parametrize(
+    ("read", "most", "width"), [("tables", 1 << 16, 4), ("integers", 1 << 16, 4), ("text", 1 << 16, 1)]
+)
+def test_vectors_of_objects_are_measured_first(read, most, width):
+    def table(n):
+        return Flatbuffer(vector_of(n, width), "model.tflite", "TFL3").root()
+
+    with pytest.raises(NetsukeError, match=f"{most + 1} elements stands where at most {most}"):
+        getattr(table(most + 1), read)(0)
+    if read != "tables":
+        assert len(getattr(table(most), read)(0)) == most

@@ -3,7 +3,8 @@
 A flatbuffer is little-endian. Byte 0: offset of the root table; bytes 4…7: the format's four letters. A table begins with
 a signed offset back to its vtable, which gives the place of each field (slot) or 0 for a field that keeps its default.
 Vectors begin with their length. A flexbuffer (options of custom operators) is read from its end: only flat maps of numbers.
-Nothing is allocated by a length that the file states: arrays are views of the file's bytes.
+Nothing is allocated by a length that the file states: arrays are views of the file's bytes, and a vector of what becomes
+objects is measured first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from netsuke.errors import NetsukeError
 
 REMEDY = "export the model again, or copy the file again and compare its checksum"
+MOST_ENTRIES = 1 << 16  # tables or integers of one vector: tensors, operators, axes; more would be objects without end
+LONGEST_TEXT = 1 << 16  # bytes of a name; fused tensors carry the names of all their parts
 LARGEST_MAP = 256  # entries of an operator's options; the longest in use has 9
 
 
@@ -71,8 +74,9 @@ class Table:
         at = self.field(slot)
         return None if at is None else Table(self.buffer, at + int(self.buffer.unpack("I", at)))
 
-    def _vector(self, slot: int, width: int) -> tuple[int, int]:
-        """(first byte, length) of a vector of elements of `width` bytes; length 0 when it is absent."""
+    def _vector(self, slot: int, width: int, most: int | None = None) -> tuple[int, int]:
+        """(first byte, length) of a vector of elements of `width` bytes; length 0 when it is absent. Lengths above `most`
+        are refused."""
         at = self.field(slot)
         if at is None:
             return 0, 0
@@ -80,24 +84,26 @@ class Table:
         n = int(self.buffer.unpack("I", at))
         if n * width > len(self.buffer.data) - at - 4:
             raise self.buffer.damaged(f"a vector of {n} elements is longer than the file")
+        if most is not None and n > most:
+            raise self.buffer.damaged(f"a vector of {n} elements stands where at most {most} are read")
         return at + 4, n
 
-    def array(self, slot: int, dtype: str) -> np.ndarray:
+    def array(self, slot: int, dtype: str, most: int | None = None) -> np.ndarray:
         """A vector of numbers as a read-only view of the file; empty when it is absent."""
         kind = np.dtype(dtype).newbyteorder("<")
-        at, n = self._vector(slot, kind.itemsize)
+        at, n = self._vector(slot, kind.itemsize, most)
         return np.frombuffer(self.buffer.data, kind, n, at) if n else np.zeros(0, kind)
 
     def integers(self, slot: int) -> tuple[int, ...]:
         """A vector of int32."""
-        return tuple(int(v) for v in self.array(slot, "i4"))
+        return tuple(int(v) for v in self.array(slot, "i4", MOST_ENTRIES))
 
     def tables(self, slot: int) -> list[Table]:
-        at, n = self._vector(slot, 4)
+        at, n = self._vector(slot, 4, MOST_ENTRIES)
         return [Table(self.buffer, p + int(self.buffer.unpack("I", p))) for p in range(at, at + 4 * n, 4)]
 
     def text(self, slot: int) -> str:
-        return self.array(slot, "u1").tobytes().decode("utf-8", "replace")
+        return self.array(slot, "u1", LONGEST_TEXT).tobytes().decode("utf-8", "replace")
 
 
 _FORMS = {1: "bhiq", 2: "BHIQ", 3: "  fd", 26: "BHIQ"}  # inline int, uint, float, bool by the logarithm of their width

@@ -1,12 +1,14 @@
 """Reads float ONNX models with the package onnx (only its parser). The input keeps the file's axes (1, C, H, W).
 
 Shapes are fixed: a free batch becomes 1, any other free size is refused. Whatever depends on constants only (the shape
-arithmetic that exporters write) is computed by onnx's reference evaluator. External data, custom domains and control flow are
+arithmetic that exporters write) is computed by onnx's reference evaluator: the operators of FOLDED only, and only where the
+result's size is known to be small before it is computed. External data, custom domains and control flow are
 refused. Quantized models are refused, too: the float model is quantized here, with calibration data.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 
 LARGEST = 1 << 29  # bytes
 MOST_FOLDED = 1 << 22  # elements of a computed constant
+BROADCAST = ("Abs", "Add", "And", "Cast", "Ceil", "Clip", "Div", "Equal", "Exp", "Floor", "Greater", "GreaterOrEqual", "Less",
+             "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid",
+             "Sign", "Sqrt", "Sub", "Tanh", "Where")  # fmt: skip
+MOVED = ("Flatten", "Identity", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Size", "Slice",
+         "Split", "Squeeze", "Transpose", "Unsqueeze")  # fmt: skip  # no larger than their first input
+FOLDED = (*BROADCAST, *MOVED, "Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "Range", "Shape", "Tile")
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
              "MatMulInteger")  # fmt: skip
 
@@ -127,7 +135,7 @@ class _Reader:
             else:
                 attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute} | {"opset": self.opset}
                 outputs = OPERATORS[kind](self.b, where, attrs, inputs)
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
+        except (ArithmeticError, KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
             raise self.b.refuse(
                 where, f"{kind} is used in a way that is not imported ({str(e)[:80] or type(e).__name__})",
                 "constant weights and fixed sizes",
@@ -136,17 +144,42 @@ class _Reader:
         self.known.update(zip((n for n in node.output), outputs))
 
     def _folded(self, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
-        """A node of constants, computed."""
-        from onnx import helper
+        """A node of constants, computed. Raises ValueError for what is not computed here."""
+        from onnx import AttributeProto, helper
         from onnx.reference import ReferenceEvaluator
 
+        tensors = {a.name: self._constant(a.t) for a in node.attribute if a.type == AttributeProto.TENSOR}
+        attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type not in FOLDED or node.domain not in ("", "ai.onnx"):
+            raise ValueError("it computes with constants in a way that is not done here")
         if node.op_type == "Shape":
-            ends = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            return [np.asarray(inputs[0].shape[ends.get("start", 0) : ends.get("end")], np.int64)]
-        if node.op_type in ("Loop", "If", "Scan") or node.domain not in ("", "ai.onnx"):
-            raise ValueError("control flow or a custom domain")
+            return [np.asarray(inputs[0].shape[attrs.get("start", 0) : attrs.get("end")], np.int64)]
+        if node.op_type == "Constant" and "value" in tensors:
+            return [tensors["value"]]
+        if not (size := _size(node.op_type, inputs, attrs)) <= MOST_FOLDED:
+            raise ValueError(f"a constant of {size:.3g} elements")
         feeds = {n: v for n, v in zip(node.input, inputs) if n}
-        out = ReferenceEvaluator(node).run(None, feeds)
-        if sum(np.size(v) for v in out) > MOST_FOLDED:
-            raise ValueError("a constant of more than 4 million elements")
-        return list(out)
+        try:
+            with np.errstate(all="ignore"):
+                return list(ReferenceEvaluator(node).run(None, feeds))
+        except Exception as e:  # of any kind: it is another package's code on a file's numbers
+            raise ValueError(f"its constants do not fit it: {str(e)[:60]}") from None
+
+
+def _size(kind: str, inputs: list[Any], attrs: dict[str, Any]) -> float:
+    """At most how many elements an operator of FOLDED makes of constants."""
+    if kind == "ConstantOfShape":
+        return math.prod(float(n) for n in np.ravel(inputs[0]))
+    if kind == "Expand":
+        return math.prod(map(float, np.broadcast_shapes(inputs[0].shape, tuple(map(int, np.ravel(inputs[1]))))))
+    if kind == "Tile":
+        return inputs[0].size * math.prod(float(n) for n in np.ravel(inputs[1]))
+    if kind == "Range":
+        start, end, step = (float(np.ravel(v)[0]) for v in inputs)
+        return (end - start) / step if step else math.inf
+    if kind == "Gather":
+        return inputs[1].size * (inputs[0].size / inputs[0].shape[attrs.get("axis", 0)])
+    shapes = [v.shape for v in inputs if v is not None]
+    if kind in BROADCAST:
+        return math.prod(map(float, np.broadcast_shapes(*shapes)))
+    return float(sum(math.prod(shape) for shape in shapes))
