@@ -11,9 +11,8 @@ from netsuke.errors import NetsukeError
 from netsuke.graph.inputs import from_array
 from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import Op, QGraph
-from netsuke.graph.ops.conv import centred, patches
+from netsuke.graph.ops.conv import LINEAR, centred, patches
 from netsuke.graph.ranges import Histogram
-from netsuke.graph.read.tidy import LINEAR
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import DTYPES
 from netsuke.graph.ops import OPS
-from netsuke.graph.ops.base import limits
+from netsuke.graph.ops.base import LIMITED, limits
 
 if TYPE_CHECKING:
     from netsuke.graph.ir import Op, QGraph, Tensor
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 LARGEST_TENSOR = 1 << 31  # bytes; a graph that asks for more is hostile, not small
 DEEPEST_VIEW = 16  # views of views; bands of a stage inside a merged tensor have 3
 INT4 = (-8, 7)
-LIMITED = ("conv2d", "depthwise2d", "dense", "add", "mul", "avgpool2d", "maxpool2d")  # their output is clipped
 WHOLE = ("stride", "pad", "pads", "dilation", "window", "groups", "perm", "axis", "begin")  # attributes: whole numbers
 Refuse = Callable[..., NetsukeError]
 MALFORMED = (

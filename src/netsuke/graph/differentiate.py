@@ -25,10 +25,10 @@ from netsuke.errors import NetsukeError
 from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import Op, QGraph, Tensor
 from netsuke.graph.ops.base import limits
-from netsuke.graph.ops.conv import largest_bias, ratios
+from netsuke.graph.ops.conv import LINEAR, largest_bias, ratios
 from netsuke.graph.ops.shape import one_scale
 from netsuke.graph.ops.train import mix
-from netsuke.graph.update_plan import LINEAR, UpdatePlan, first_op, head, kept_channels, layers, qas
+from netsuke.graph.update_plan import UpdatePlan, first_op, head, kept_channels, layers, qas
 
 DIFFERENTIABLE = (*LINEAR, "add", "avgpool2d", "reshape")
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import numpy as np
 
 from netsuke.graph.ir import Op, QGraph
-from netsuke.graph.read.tidy import LINEAR, has_bias, only_reader
+from netsuke.graph.ops.conv import LINEAR
+from netsuke.graph.read.tidy import has_bias, only_reader
 
 SWEEPS = 50
 MOVES = 1e-3  # below this largest change of log s the sweeps end

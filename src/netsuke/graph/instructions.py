@@ -21,10 +21,9 @@ import numpy as np
 from netsuke.graph.abi import defined_in
 from netsuke.graph.ir import Op, QGraph
 from netsuke.graph.ops import OPS
-from netsuke.graph.ops.conv import pointwise
+from netsuke.graph.ops.conv import LINEAR, pointwise
 
 TABLE = Path(__file__).parent / "instructions.json"
-LINEAR = ("conv2d", "depthwise2d", "dense")
 RECURRENT = ("rnn", "lstm", "gru")
 SQUARE = (3, 5, 7)  # depthwise windows with a loop of their own, at strides 1 and 2
 TOGETHER = 4  # rows of activations, or outputs of a row, that a loop works on at once

@@ -13,6 +13,7 @@ from netsuke.graph.arena import Arena
 from netsuke.graph.instructions import code_bytes
 from netsuke.graph.ir import QGraph
 from netsuke.graph.lower import Program, lower
+from netsuke.graph.ops.conv import LINEAR
 
 LARGEST = 5
 PARTS = ("weights", "biases", "tables", "parameters", "variables")
@@ -66,7 +67,7 @@ def flash(graph: QGraph, arena: Arena | None = None) -> dict[str, Any]:
     has no kernel.
     """
     program = lower(graph, arena or _Anywhere())
-    biases = {op.inputs[2] for op in graph.ops if len(op.inputs) > 2 and op.kind in ("conv2d", "depthwise2d", "dense")}
+    biases = {op.inputs[2] for op in graph.ops if len(op.inputs) > 2 and op.kind in LINEAR}
     parts = Counter(dict.fromkeys(PARTS, 0))
     for table in program.constants:
         part = "tables" if table.tensor < 0 else "biases" if table.tensor in biases else "weights"

@@ -29,10 +29,11 @@ from netsuke.graph.calibrate import Observed, observe, rows
 from netsuke.graph.equalize import equalize, pairs
 from netsuke.graph.interpret import Interpreter
 from netsuke.graph.ir import Op, QGraph, Tensor
+from netsuke.graph.ops.conv import LINEAR
 from netsuke.graph.ops.elementwise import table
 from netsuke.graph.ops.recurrent import GATES
 from netsuke.graph.ranges import Histogram, spread, weight_scales
-from netsuke.graph.read.tidy import LINEAR, compact, has_bias, tidy, writer
+from netsuke.graph.read.tidy import compact, has_bias, tidy, writer
 
 MOVES = ("maxpool2d", "reshape", "transpose", "pad", "slice")  # output and input have one scale
 FIXED = {"softmax": (1 / 256, -128), "sigmoid": (1 / 256, -128), "hard_sigmoid": (1 / 256, -128),

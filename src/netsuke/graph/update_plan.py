@@ -16,10 +16,10 @@ import numpy as np
 
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import Op, QGraph
+from netsuke.graph.ops.conv import LINEAR
 from netsuke.models.files import read_json
 
 RATIOS = (1.0, 0.5, 0.25, 0.125)
-LINEAR = ("conv2d", "depthwise2d", "dense")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from netsuke.graph.ir import Op, QGraph, Tensor
 
 Array = np.ndarray
+LIMITED = ("conv2d", "depthwise2d", "dense", "add", "mul", "avgpool2d", "maxpool2d")  # kinds whose output is clipped
 
 
 def none(graph: QGraph, op: Op) -> None:

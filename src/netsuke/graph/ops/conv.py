@@ -23,6 +23,7 @@ from netsuke.graph.requant import multipliers, requantize
 if TYPE_CHECKING:
     from netsuke.graph.ir import Op, QGraph, Tensor
 
+LINEAR = {"conv2d": 0, "depthwise2d": 2, "dense": 0}  # kinds with weights, and the axis of their output channel
 LARGEST_SUM = (1 << 31) - 1
 
 

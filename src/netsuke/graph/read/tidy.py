@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from netsuke.graph.ir import Op, QGraph
+from netsuke.graph.ops.base import LIMITED
+from netsuke.graph.ops.conv import LINEAR
 
-LINEAR = {"conv2d": 0, "depthwise2d": 2, "dense": 0}  # the axis of the output channel in the weights
-LIMITED = {*LINEAR, "add", "mul", "avgpool2d", "maxpool2d"}
 CLIPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
