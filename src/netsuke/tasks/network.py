@@ -159,7 +159,7 @@ def _cut(digests: list[bytes], asked: str) -> dict[Split, np.ndarray]:
     parts: dict[Split, np.ndarray] = {"train": rows((0, 1)), "validation": rows((2,)), "test": rows((3,))}
     if empty := [split for split, part in parts.items() if not len(part)]:
         raise NetsukeError(
-            asked, f"its {len(digests)} samples are {len(set(digests))} different ones, which leaves no {empty[0]} part",
+            asked, f"the number of its different samples is {len(set(digests))} of {len(digests)}: the {empty[0]} part is empty",
             f"at least {SMALLEST} different ones: equal samples never stand in two parts", "more samples, not copies",
         )  # fmt: skip
     return parts
