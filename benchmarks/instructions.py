@@ -1,9 +1,10 @@
 """Counts what every kernel costs on an emulated Cortex-M4 and writes the table that predicts it: graph/instructions.json.
 
-    python benchmarks/instructions.py [--out FILE]
+    python benchmarks/instructions.py [--out FILE] [--drop]
 
 A sweep of random shapes, and the networks of $NETSUKE_DATA that are there, are exported as C and run with a hook after every
-call. A quarter of the sweep is held out of the fit; `errors` says how far the prediction is off there.
+call. A quarter of the sweep is held out of the fit; `errors` says how far the prediction is off there, and which classes were
+only fitted. `whole` is of networks: [instructions predicted by a fit to everything but this network, counted].
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from netsuke.graph.ir import Op, QGraph, Tensor
 from netsuke.graph.lower import lower, scratch
 from netsuke.graph.read import load_graph
 from netsuke.measure.machine import provenance
+from netsuke.models.files import write_atomically
 
 NETWORKS = ("mlperf-tiny/**/*.tflite", "tflm/*.tflite", "tiny-training/*.npz", "nn4mc/*.hdf5")
 ROOT = {"int8": 48 << 10, "float32": 24 << 10}  # elements of the input that every operator of a sweep looks at
@@ -214,26 +216,41 @@ def fit(x: np.ndarray, count: np.ndarray) -> list[float]:
 
 def fitted(rows: list[Row]) -> tuple[dict[str, list[float]], dict[str, dict]]:
     """(coefficients, errors) by class."""
-    classes: dict[str, list[float]] = {}
-    by_class: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_class[kernel_class(row.graph, row.op)].append(row)
-    for name, members in by_class.items():
-        seen = [r for r in members if not r.held_out]
-        if seen:
-            x = np.array([features(r.graph, r.op) for r in seen])
-            classes[name] = fit(x, np.array([r.count for r in seen], np.float64))
-    x = np.array([general(r.graph, r.op) for r in rows])
-    classes[OTHER] = fit(x, np.array([r.count for r in rows], np.float64))
-    errors = {}
-    for name, members in sorted(by_class.items()):
+    classes, errors = coefficients([r for r in rows if not r.held_out]), {}
+    for name, members in sorted(by_class(rows).items()):
         row: dict = {"operators": len(members)}
+        if not any(r.held_out for r in members):
+            row["fitted_only"] = True
         for what, part in (("", members), ("held_out_", [r for r in members if r.held_out])):
             off = [abs(predicted(classes, r.graph, r.op) - r.count) / (r.count + SLACK) for r in part]
             if off:
                 row |= {f"{what}median": round(float(np.median(off)), 4), f"{what}worst": round(float(max(off)), 4)}
         errors[name] = row
-    return dict(sorted(classes.items())), errors
+    return classes, errors
+
+
+def by_class(rows: list[Row]) -> dict[str, list[Row]]:
+    classes: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        classes[kernel_class(row.graph, row.op)].append(row)
+    return classes
+
+
+def coefficients(seen: list[Row]) -> dict[str, list[float]]:
+    """The fit of every class, and of `OTHER` to all operators."""
+
+    def fitting(rows: list[Row], what: Callable[[QGraph, Op], np.ndarray]) -> list[float]:
+        return fit(np.array([what(r.graph, r.op) for r in rows]), np.array([r.count for r in rows], np.float64))
+
+    classes = {name: fitting(members, features) for name, members in by_class(seen).items()}
+    return dict(sorted((classes | {OTHER: fitting(seen, general)}).items()))
+
+
+def left_out(rows: list[Row], network: str) -> list[int]:
+    """[instructions of a network as predicted without it, counted]; a class that it alone has is predicted as a new one."""
+    own = [r for r in rows if r.network == network]
+    classes = coefficients([r for r in rows if not r.held_out and r.network != network])
+    return [round(sum(predicted(classes, r.graph, r.op) for r in own)), sum(r.count for r in own)]
 
 
 def code() -> dict:
@@ -268,29 +285,40 @@ def _linked(out: Path, kernel: str) -> dict[str, int]:
     return {name: size.text + size.data for name, size in parts.items() if name not in ("main", "board")}
 
 
+def vanished(table: Path, classes: Iterable[str]) -> list[str]:
+    """Classes of the table at that place, if there is one, that `classes` lacks."""
+    return sorted(set(json.loads(table.read_text())["classes"]) - set(classes)) if table.exists() else []
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--out", type=Path, default=TABLE)
+    ask.add_argument("--drop", action="store_true", help="classes that the table has may be missing from the new one")
     args = ask.parse_args()
+    graphs = list(networks())
+    if not graphs and args.out == TABLE:
+        raise SystemExit(
+            f"{TABLE.name} stays as it is: it is fitted to the networks of NETSUKE_DATA, of which none is here"
+        )
     rows: list[Row] = []
-    whole = {}
     begin = time.perf_counter()
     for graph in sweeps():
         rows += counted(graph, True)
         print(f"{time.perf_counter() - begin:.0f} s: {graph.name}, {len(graph.ops)} operators", flush=True)
-    for graph in networks():
+    for graph in graphs:
         rows += counted(graph, False)
-        whole[graph.name] = [0.0, sum(r.count for r in rows if r.graph is graph)]
-        print(f"{time.perf_counter() - begin:.0f} s: {graph.name}, {whole[graph.name][1]:,} instructions", flush=True)
+        print(f"{time.perf_counter() - begin:.0f} s: {graph.name}, {len(graph.ops)} operators", flush=True)
     classes, errors = fitted(rows)
-    for graph in {r.graph.name: r.graph for r in rows if r.network in whole}.values():
-        whole[graph.name][0] = round(sum(predicted(classes, graph, op) for op in graph.ops))
+    whole = {graph.name: left_out(rows, graph.name) for graph in graphs}
     for name, error in errors.items():
         print(f"{name:32}{error}")
     for name, (said, count) in whole.items():
-        print(f"{name:32}{count:12,} counted, {said / count - 1:+.1%} predicted")
+        print(f"{name:32}{count:12,} counted, {said / count - 1:+.1%} predicted without it")
     out = {"classes": classes, "errors": errors, "whole": whole, "code": code(), "run": provenance()}
-    args.out.write_text(json.dumps(out, indent=1) + "\n")
+    gone = vanished(args.out, classes)
+    if gone and not args.drop:
+        raise SystemExit(f"{args.out.name} stays as it is: {', '.join(gone)} would vanish; --drop if they are to")
+    write_atomically(args.out, lambda f: f.write((json.dumps(out, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from benchmarks import instructions as bench
 
 from netsuke.devices.board import missing_tools
 from netsuke.graph import Op, QGraph, Tensor
@@ -87,6 +88,35 @@ def test_the_table_is_what_a_run_of_the_benchmark_writes():
     assert all(c >= 0 and math.isfinite(c) for row in written["classes"].values() for c in row)
     seen = [e["held_out_median"] for e in written["errors"].values() if "held_out_median" in e]
     assert len(seen) > 25 and max(seen) < 0.08 and np.median(seen) < 0.03
+
+
+def row(network: str, k: int, held_out: bool, factor: float = 3.0) -> bench.Row:
+    graph, op = operator("dense", (1, 8 * k), (4 * k, 8 * k), (1, 4 * k))
+    return bench.Row(network, graph, op, round(200 + factor * 32 * k * k), held_out)
+
+
+def test_a_network_is_predicted_without_itself_and_held_out_rows_are_not_fitted():
+    sweep = [row("sweep", k, k % 4 == 0) for k in range(1, 13)]
+    odd = [row("odd", k, False, 9.0) for k in (3, 7)]  # a network three times as dear as everything else
+    said, count = bench.left_out(sweep + odd, "odd")
+    assert count == sum(r.count for r in odd)
+    assert said == pytest.approx(sweep[2].count + sweep[6].count, rel=0.02)
+    seen = [r for r in sweep if not r.held_out]
+    classes, errors = bench.fitted(sweep)
+    assert classes == bench.coefficients(seen) != bench.coefficients([r._replace(count=r.count * 2) for r in seen])
+    assert "fitted_only" not in errors["dense int8"] and errors["dense int8"]["held_out_median"] < 0.02
+    assert bench.fitted(seen)[1]["dense int8"]["fitted_only"] is True
+
+
+def test_the_shipped_table_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "data_root", lambda: None)
+    monkeypatch.setattr("sys.argv", ["instructions.py"])
+    before = TABLE.read_bytes()
+    with pytest.raises(SystemExit, match="stays as it is"):
+        bench.main()
+    assert TABLE.read_bytes() == before
+    assert bench.vanished(TABLE, table()["classes"]) == [] == bench.vanished(tmp_path / "none.json", [])
+    assert "dense int8" in bench.vanished(TABLE, [])
 
 
 def test_code_of_shared_parts_counts_once():
