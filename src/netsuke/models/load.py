@@ -16,6 +16,7 @@ import msgspec
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import LinearBase
 from netsuke.models import gguf, hf, llama2c
+from netsuke.models.encoder import Encoder, EncoderConfig, check_encoder
 from netsuke.models.files import plain_name, read_json, reading, refuse_pickle
 from netsuke.models.gguf_file import is_gguf
 from netsuke.models.llama import Llama, LlamaConfig
@@ -36,6 +37,14 @@ class Loaded:
     source: str
     kind: Kind
     manifest: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    model: Encoder
+    tokenizer: Tokenizer | None
+    source: str
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,10 @@ class _Manifest(msgspec.Struct):
     facts: dict[str, Any]
     budget: dict[str, Any] | None = None
     sites: dict[str, dict[str, Any]] = {}
+
+
+class _EncoderManifest(_Manifest):
+    config: EncoderConfig
 
 
 def shipped_names() -> list[str]:
@@ -130,6 +143,18 @@ def load(path_or_name: str | Path, dtype: str | None = None, tokenizer: str | Pa
     return Loaded(model, tok, str(path_or_name), kind, manifest)
 
 
+def load_encoder(path_or_name: str | Path, dtype: str | None = None) -> LoadedEncoder:
+    """An encoder from its artifact, as `load` loads language models. Raises NetsukeError as `load`."""
+    path, kind = find(path_or_name)
+    if kind != "artifact":
+        raise NetsukeError(f"load {path_or_name} as an encoder", f"it is of kind {kind}", "a netsuke artifact")
+    with _one_sentence(path):
+        manifest = read_json(path / MANIFEST)
+        opened = open_artifact(path, manifest, verify=True, family="encoder")
+        model = fill(opened.model, opened.weights.get, dtype, path)
+        return LoadedEncoder(model, opened.tokenizer(), str(path_or_name), manifest)
+
+
 def describe(path_or_name: str | Path) -> Described:
     """Config, specs and sizes from headers alone: no weights are read, no hash is checked. Raises NetsukeError as
     `load`."""
@@ -176,7 +201,7 @@ def _one_sentence(path: Path):
 class OpenArtifact:
     """An artifact whose manifest, file sizes and tensor headers have been checked."""
 
-    model: Llama  # a skeleton
+    model: Llama | Encoder  # a skeleton
     weights: WeightFile
     tokenizer_path: Path | None
 
@@ -189,8 +214,9 @@ class OpenArtifact:
         return tok
 
 
-def open_artifact(folder: Path, raw: dict[str, Any], verify: bool) -> OpenArtifact:
-    """Checks an artifact against its manifest; with `verify` the sha256 of every file as well. No tensor is read.
+def open_artifact(folder: Path, raw: dict[str, Any], verify: bool, family: str = "llama") -> OpenArtifact:
+    """Checks an artifact against its manifest; with `verify` the sha256 of every file as well. No tensor is read. `family` is
+    what the caller can use: "llama" or "encoder".
 
     Raises NetsukeError for another format or version, a field of the wrong type, a file that is missing, changed or
     named outside the folder, and tensors or layers that the config does not ask for.
@@ -203,16 +229,22 @@ def open_artifact(folder: Path, raw: dict[str, Any], verify: bool) -> OpenArtifa
     if raw.get("family") == "graph":
         attempt = "plan, fit, run, export or train it as a small network"
         raise NetsukeError(asked, "the artifact holds a small network, no language model", "family llama", attempt)
+    if raw.get("family") == "encoder" and family == "llama":
+        found = "the artifact holds a bidirectional encoder, no model that writes text"
+        raise NetsukeError(asked, found, "family llama", "netsuke.models.load.load_encoder")
     try:
-        manifest = msgspec.convert(raw, _Manifest)
+        manifest = msgspec.convert(raw, _EncoderManifest if family == "encoder" else _Manifest)
     except msgspec.ValidationError as e:
         raise NetsukeError(asked, f"manifest.json: {e}", "a manifest as netsuke writes it") from e
-    if manifest.family != "llama" or manifest.config.family != "llama":
-        raise NetsukeError(asked, f"family {manifest.family!r}", "llama")
-    cfg = check_config(manifest.config, folder)
+    if manifest.family != family or manifest.config.family != family:
+        raise NetsukeError(asked, f"family {manifest.family!r}", family)
+    cfg = (check_encoder if family == "encoder" else check_config)(manifest.config, folder)
     check_files(folder, manifest.files, verify)
     model = skeleton(cfg, manifest.layers, folder)
-    stand_static(model, manifest.sites, folder)
+    if family == "llama":
+        stand_static(model, manifest.sites, folder)
+    elif manifest.sites:
+        raise NetsukeError(asked, "grids at sites, which an encoder does not have", "no sites")
     weights = WeightFile(folder / WEIGHTS)
     state = model.state_dict()
     check_tensors(

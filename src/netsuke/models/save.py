@@ -1,4 +1,4 @@
-"""Saves a language model as an artifact: a folder `NAME.netsuke/`, the same bytes for the same model.
+"""Saves a language model or an encoder as an artifact: a folder `NAME.netsuke/`, the same bytes for the same model.
 
 weights.safetensors   every tensor under its name in the model's state
 tokenizer.json|.bin   when the model has a tokenizer
@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from netsuke.models.artifact import check_writable, write_artifact, write_file
+from netsuke.models.encoder import Encoder
 from netsuke.models.llama import Llama
 from netsuke.models.places import WEIGHTS
 from netsuke.models.static_sites import static_sites
@@ -24,7 +25,7 @@ from netsuke.models.weights import check_finite, write_safetensors
 
 def save_artifact(
     folder: Path,
-    model: Llama,
+    model: Llama | Encoder,
     tokenizer: Tokenizer | None,
     provenance: dict[str, Any],
     facts: dict[str, Any],
@@ -45,7 +46,7 @@ def save_artifact(
         "provenance": provenance, "budget": budget, "facts": facts,
     }  # fmt: skip
 
-    if grids := {name: grid.spec() for name, grid in static_sites(model).items()}:
+    if isinstance(model, Llama) and (grids := {name: grid.spec() for name, grid in static_sites(model).items()}):
         manifest["sites"] = grids
 
     def fill(part: Path) -> None:

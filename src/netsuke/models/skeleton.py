@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense, LinearBase
 from netsuke.layers.registry import layer_from_spec
+from netsuke.models.encoder import Encoder, EncoderConfig
 from netsuke.models.llama import Llama, LlamaConfig, rope_table
 from netsuke.models.weights import TensorInfo, check_finite
 
@@ -92,15 +93,18 @@ def _check_scaling(cfg: LlamaConfig, asked: str) -> None:
         raise NetsukeError(asked, f"{where}: frequency factors {s.low} and {s.high}", "0 < low < high")
 
 
-def skeleton(cfg: LlamaConfig, specs: Mapping[str, dict] | None = None, source: str | Path = "model") -> Llama:
-    """A Llama whose tensors have shapes and no memory (rotary tables are real); `specs` gives kinds of linear maps.
+def skeleton(
+    cfg: LlamaConfig | EncoderConfig, specs: Mapping[str, dict] | None = None, source: str | Path = "model"
+) -> Llama | Encoder:
+    """A model whose tensors have shapes and no memory (rotary tables are real); `specs` gives kinds of linear maps.
 
     Raises NetsukeError when `specs` is not exactly one spec for each linear map, and for a spec that no map can have.
     """
     with torch.device("meta"):
-        model = Llama(cfg)
-    for i, block in enumerate(model.blocks):
-        block.freq, block.rope_scale = rope_table(cfg, i)
+        model = Encoder(cfg) if isinstance(cfg, EncoderConfig) else Llama(cfg)
+    if isinstance(model, Llama):
+        for i, block in enumerate(model.blocks):
+            block.freq, block.rope_scale = rope_table(cfg, i)
     if specs is not None:
         linears = model.linears()
         for name in sorted(linears.keys() ^ specs.keys()):
