@@ -39,6 +39,7 @@ class LoopKnobs:
     )
     fall: float = 0.8  # of the same: 30 epochs then end at 0.2 % of the rate, and patience ends most runs before
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 for noisy regression
+    floor: float | None = None  # the rate falls as a cosine to this share of it instead
 
     def __post_init__(self) -> None:
         if self.epoch and self.minutes:
@@ -59,6 +60,10 @@ def rate_at(progress: float, k: LoopKnobs) -> float:
     """Share of the full rate at a progress in [0, 1]."""
     if k.epoch:
         return k.fall ** max(0, round(progress * k.steps) // k.epoch - k.hold + 1)
+    if k.floor is not None:
+        return min(1.0, (progress + 1e-9) / max(k.warmup, 1e-9)) * (
+            k.floor + (1 - k.floor) * (1 + math.cos(math.pi * progress)) / 2
+        )
     return max(0.0, min(1.0, (progress + 1e-9) / max(k.warmup, 1e-9), (1 - progress) / max(k.decay, 1e-9)))
 
 
@@ -84,13 +89,15 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 240,
     on_step: Callable[[int, float, float], bool | None] | None = None,
+    stepped: list[tuple[torch.optim.Optimizer, float]] | None = None,
 ) -> History:
     """Trains `model` in place on `loss(model, batch_at(step))` and returns its history.
 
     `batch_at` must depend on the step alone: a run that is resumed from `checkpoint` then sees the same batches.
-    `on_step(step, loss, rate)` is called after every step and ends the run when it returns True.
+    `on_step(step, loss, rate)` is called after every step and ends the run when it returns True. `stepped` are optimizers with
+    their full rates, by default those of `optimizers`.
     """
-    stepped = optimizers(model, knobs)
+    stepped = optimizers(model, knobs) if stepped is None else stepped
     history, step, spent = History(), 0, 0.0
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
