@@ -20,12 +20,15 @@ class Method:
 
     `apply` returns a new model and leaves its argument untouched; it is deterministic under the method's seed; it keeps
     gradients off unless `trains` says otherwise. `strengths` runs from the identity to the strongest sensible setting.
+
+    saves    what gets less with strength: "bytes" of the stored model, or "traffic", the weights read per decoded token
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     trains: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    saves: ClassVar[str] = "bytes"
 
     def accepts(self, model: nn.Module) -> str | None:
         """None, or the reason why this model cannot be treated, naming the layer."""
@@ -55,8 +58,9 @@ def registry() -> dict[str, type[Method]]:
     from netsuke.compress.factorize import Factorize
     from netsuke.compress.modegpt import MoDeGPT
     from netsuke.compress.quantize import Quantize
+    from netsuke.compress.sparsify import Sparsify
 
-    return {m.name: m for m in (Quantize, MoDeGPT, Factorize)}
+    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Sparsify)}
 
 
 def from_json(value: dict[str, Any]) -> Method:

@@ -243,6 +243,11 @@ class InputSparse(LinearBase):
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.outs)
 
+    @property
+    def channel_bytes(self) -> int:
+        """Bytes of stored weights that one chosen channel reads."""
+        return (self.weight if self.bits is None else self.codes)[0].nbytes
+
     def to_dense(self) -> Tensor:
         return self.rows(torch.arange(self.outs, device=self.norms.device))
 
