@@ -83,6 +83,19 @@ def test_by_epochs_the_rate_holds_for_three_and_then_falls_by_a_fifth_each():
     assert rates[-1] == pytest.approx(0.0024, abs=1e-4)
 
 
+def test_a_cosine_ends_at_its_floor():
+    knobs = LoopKnobs(steps=100, warmup=0.0, floor=0.1)
+    assert [rate_at(p, knobs) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_given_optimizers_are_stepped_at_their_own_rates():
+    model = fresh()
+    chosen, before = [p for n, p in model.named_parameters() if "norm" in n], [p.clone() for p in model.parameters()]
+    train(model, batch_at, loss, LoopKnobs(steps=2), stepped=[(torch.optim.SGD(chosen, lr=0.1), 0.1)])
+    moved = {n for (n, p), old in zip(model.named_parameters(), before) if not torch.equal(p, old)}
+    assert moved and all("norm" in n for n in moved)
+
+
 def test_epochs_within_minutes_are_refused():
     with pytest.raises(NetsukeError, match="epoch or minutes"):
         LoopKnobs(steps=100, epoch=10, minutes=1.0)
