@@ -142,6 +142,21 @@ def test_constants_are_computed_within_limits(tmp_path, kind, inputs, constants,
         read_onnx(save(tmp_path / "x.onnx", m))
 
 
+@pytest.mark.parametrize(
+    ("kind", "inputs", "attrs"),
+    [
+        ("Concat", "x x", {"axis": 4}), ("Softmax", "x", {"axis": -5}), ("Split", "x n", {"axis": 9}),
+        ("Squeeze", "x nine", {}), ("Unsqueeze", "x nine", {}), ("ReduceMean", "x", {"axes": [2, 7]}),
+        ("Transpose", "x", {"perm": [0, 1, 2, 7]}), ("Slice", "x n n nine", {}), ("Pad", "x n2 none nine", {}),
+    ],
+)  # fmt: skip
+def test_an_axis_that_is_not_there_is_refused(tmp_path, kind, inputs, attrs):
+    constants = {"n": np.array([1]), "nine": np.array([9]), "n2": np.array([1, 1]), "none": np.float32(0)}
+    m = model([node(kind, inputs, "y", **attrs)], constants, (1, 1, 4, 4))
+    with pytest.raises(NetsukeError, match=r"'y'.*the axis -?[4579] of [456]"):
+        read_onnx(save(tmp_path / "x.onnx", m))
+
+
 def test_a_constant_of_an_operator_lies_in_the_file(tmp_path):
     value = numpy_helper.from_array(np.ones(4, np.float32), "outside")
     value.ClearField("raw_data")

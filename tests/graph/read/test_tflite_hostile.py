@@ -74,6 +74,8 @@ HOSTILE = {
     "a backward slice": (with_op("STRIDED_SLICE", (6, 9, 10, 11), (12,), 
                                  tensors=[ints(0, 2), ints(1, 0), ints(1, -1), T((1, 2), **S)]),
                          "steps by -1"),
+    "an axis that is not there": (with_op("CONCATENATION", (3, 3), (9,), {0: ("i", 9)}, [T((1, 6, 6, 8), **S)]),
+                                  "CONCATENATION.*the axis 9 of 4"),
     "weights of NaN": (with_op("ADD", (9, 10), (11,), starts=(9,),
                                tensors=[T((3,), "float32"), T((3,), "float32", data=NAN), T((3,), "float32")]), "'t10' hold NaN"),
     "a stride of 0": (with_op("MAX_POOL_2D", (3,), (9,), {3: ("i", 2), 4: ("i", 2)}, [T((1, 3, 3, 4), **S)]), "stride"),

@@ -71,6 +71,13 @@ def limits(graph: QGraph, op: Op) -> tuple[float, float]:
     return op.attrs.get("low", low), op.attrs.get("high", high)
 
 
+def axis_of(axis: int, rank: int) -> int:
+    """An axis counted from the front, 0 to rank - 1. Raises ValueError for one that is not there."""
+    if not -rank <= axis < rank:
+        raise ValueError(f"the axis {axis} of {rank}")
+    return axis % rank
+
+
 def window(size: int, kernel: int, stride: int, before: int, after: int, dilation: int = 1) -> int:
     """Length of the output of a sliding window."""
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1

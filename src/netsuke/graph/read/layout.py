@@ -17,7 +17,7 @@ import numpy as np
 
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import QGraph, Tensor
-from netsuke.graph.ops.base import window
+from netsuke.graph.ops.base import axis_of, window
 from netsuke.graph.read.tidy import tidy
 
 
@@ -169,7 +169,7 @@ class Builder:
         return replace(a, index=self._emit(kind, (a.index, other), a.lies, name))
 
     def softmax(self, v: Value, axis: int, name: str, beta: float = 1.0) -> Value:
-        axis %= len(v.shape)
+        axis = axis_of(axis, len(v.shape))
         v = self.plain(v) if v.flat else v
         if v.order[-1] != axis:
             v = self.ordered(v, (*(a for a in v.order if a != axis), axis))
@@ -193,7 +193,7 @@ class Builder:
 
     def mean(self, v: Value, dims: Sequence[int], keep: bool, name: str) -> Value:
         """The mean over one or two axes, where a batch and one axis of channels are left."""
-        dims = sorted(d % len(v.shape) for d in dims)
+        dims = sorted(axis_of(d, len(v.shape)) for d in dims)
         rest = [k for k in range(len(v.shape)) if k not in dims]
         if len(dims) not in (1, 2) or len(rest) != 2 or rest[0] != 0:
             raise self.refuse(
@@ -229,12 +229,12 @@ class Builder:
 
     def transpose(self, v: Value, perm: Sequence[int]) -> Value:
         v = self.plain(v) if v.flat else v
-        perm = [p % len(v.shape) for p in perm]
+        perm = [axis_of(p, len(v.shape)) for p in perm]
         return Value(v.index, tuple(v.shape[p] for p in perm), tuple(perm.index(a) for a in v.order))
 
     def concat(self, parts: Sequence[Value], axis: int, name: str) -> Value:
         head = self.plain(parts[0]) if parts[0].flat else parts[0]
-        axis %= len(head.shape)
+        axis = axis_of(axis, len(head.shape))
         parts = [self.ordered(p, head.order) for p in (head, *parts[1:])]
         rest = {p.shape[:axis] + p.shape[axis + 1 :] for p in parts}
         if len(rest) > 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from netsuke.graph.ops.base import axis_of
 from netsuke.graph.read.layout import Builder, Value
 
 Arguments = dict[str, Any]
@@ -254,7 +255,7 @@ def pad(b: Builder, where: str, a: Arguments) -> Value:
 
 
 def cut_axis(b: Builder, v: Value, dim: int, start: int, end: int, step: int, where: str) -> Value:
-    dim %= len(v.shape)
+    dim = axis_of(dim, len(v.shape))
     start, end, step = slice(start, end, step).indices(v.shape[dim])
     begin, stride = ([x if k == dim else y for k in range(len(v.shape))] for x, y in ((start, 0), (step, 1)))
     shape = [len(range(start, end, step)) if k == dim else n for k, n in enumerate(v.shape)]

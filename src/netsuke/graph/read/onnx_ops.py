@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from netsuke.graph.ops.base import axis_of
 from netsuke.graph.read.layout import Builder, Value
 from netsuke.graph.read.module_ops import check_ceiling, conv, cut_axis
 
@@ -145,7 +146,7 @@ def hard_sigmoid(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -
 
 def softmax(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -> Value:
     v, last = inputs[0], len(inputs[0].shape) - 1
-    axis = attrs.get("axis", -1 if attrs["opset"] >= 13 else 1) % (last + 1)
+    axis = axis_of(attrs.get("axis", -1 if attrs["opset"] >= 13 else 1), last + 1)
     if attrs["opset"] < 13 and axis != last and any(n != 1 for n in v.shape[axis + 1 :]):
         raise ValueError("a softmax over several axes, as before opset 13")
     return b.softmax(v, axis, name)
@@ -213,13 +214,13 @@ def reshape(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -> Val
 
 def squeeze(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -> Value:
     shape, axes = inputs[0].shape, _numbers(attrs, inputs, "axes", 1)
-    gone = {a % len(shape) for a in axes} if axes else {k for k, n in enumerate(shape) if n == 1}
+    gone = {axis_of(a, len(shape)) for a in axes} if axes else {k for k, n in enumerate(shape) if n == 1}
     return b.reshape(inputs[0], [n for k, n in enumerate(shape) if k not in gone], name)
 
 
 def unsqueeze(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -> Value:
     axes, shape = _numbers(attrs, inputs, "axes", 1), list(inputs[0].shape)
-    for a in sorted(a % (len(shape) + len(axes)) for a in axes):
+    for a in sorted(axis_of(a, len(shape) + len(axes)) for a in axes):
         shape.insert(a, 1)
     return b.reshape(inputs[0], shape, name)
 
@@ -239,7 +240,7 @@ def pad(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -> Value:
     axes, rank = _numbers({}, inputs, "axes", 3) or range(len(v.shape)), len(v.shape)
     both = [(0, 0)] * rank
     for k, a in enumerate(axes):
-        both[a % rank] = (pads[k], pads[k + len(pads) // 2])
+        both[axis_of(a, rank)] = (pads[k], pads[k + len(pads) // 2])
     return b.pad(v, both, name)
 
 
@@ -257,7 +258,7 @@ def cut(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -> Value:
 
 
 def split(b: Builder, name: str, attrs: dict[str, Any], inputs: Inputs) -> list[Value]:
-    v, axis, sizes = inputs[0], attrs.get("axis", 0) % len(inputs[0].shape), _numbers(attrs, inputs, "split", 1)
+    v, axis, sizes = inputs[0], axis_of(attrs.get("axis", 0), len(inputs[0].shape)), _numbers(attrs, inputs, "split", 1)
     if sizes is None:
         count = attrs["num_outputs"]
         step = -(-v.shape[axis] // count)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from netsuke.graph.ir import Tensor
+from netsuke.graph.ops.base import axis_of
 
 if TYPE_CHECKING:
     from netsuke.graph.read.tflite import Import, Node
@@ -127,7 +128,7 @@ def split(m: Import, node: Node) -> None:
     """SPLIT has inputs axis, x; SPLIT_V has x, sizes, axis; the sizes are those of the outputs."""
     position, axis = (1, m.numbers(node, 0)[0]) if node.kind == "SPLIT" else (0, m.numbers(node, 2)[0])
     rank = len(m.graph.tensors[m.input(node, position)].shape)
-    axis, at = axis % rank, 0
+    axis, at = axis_of(axis, rank), 0
     for i in node.outputs:
         shape = m.tensor(i).shape
         cut(m, node, position, i, [at if k == axis else 0 for k in range(rank)], shape)
@@ -136,7 +137,7 @@ def split(m: Import, node: Node) -> None:
 
 def unpack(m: Import, node: Node) -> None:
     shape = m.graph.tensors[m.input(node)].shape
-    axis = node.option(1) % len(shape)
+    axis = axis_of(node.option(1), len(shape))
     for at, i in enumerate(node.outputs):
         cut(m, node, 0, i, [at if k == axis else 0 for k in range(len(shape))], (*shape[:axis], 1, *shape[axis + 1 :]))
 
@@ -147,7 +148,7 @@ def concat(m: Import, node: Node) -> None:
     parts = [m.rescaled(m.input(node, p), y) for p in range(len(node.inputs))]
     if node.kind == "CONCATENATION" and node.option(1, "b"):
         raise m.refuse(node, "has a fused activation", "none", "put the activation behind it")
-    axis = node.option(0 if node.kind == "CONCATENATION" else 1) % len(y.shape)
+    axis = axis_of(node.option(0 if node.kind == "CONCATENATION" else 1), len(y.shape))
     if node.kind == "PACK":
         parts = [m.reshaped(p, (*y.shape[:axis], 1, *y.shape[axis + 1 :])) for p in parts]
     m.emit("concat", tuple(parts), node.outputs[0], axis=axis)

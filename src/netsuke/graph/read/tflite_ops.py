@@ -14,6 +14,7 @@ import numpy as np
 
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import Tensor
+from netsuke.graph.ops.base import axis_of
 from netsuke.graph.ops.conv import largest_bias, ratios
 from netsuke.graph.ops.elementwise import FUNCTIONS
 from netsuke.graph.read import tflite_moves
@@ -155,7 +156,7 @@ def reduce(m: Import, node: Node) -> None:
     """MEAN and REDUCE_MAX over neighbouring axes, as pooling of (1, before, reduced, after)."""
     x, y = m.input(node), m.tensor(node.outputs[0])
     shape = m.graph.tensors[x].shape
-    axes = sorted({a % len(shape) for a in m.numbers(node, 1)})
+    axes = sorted({axis_of(a, len(shape)) for a in m.numbers(node, 1)})
     if not axes or axes != list(range(axes[0], axes[-1] + 1)):
         raise m.refuse(node, f"reduces the axes {axes}", "neighbouring axes", REMEDY)
     kind = "avgpool2d" if node.kind == "MEAN" else "maxpool2d"
