@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 from pathlib import Path
 
-from netsuke import _native
 from netsuke.measure.machine import provenance
+from netsuke.measure.matvec import sparse_against_dense
 
 RESULT = Path(__file__).parent / "results/sparse.json"
 SHAPES = {32: (4096, 4096), 16: (4096, 8192), 8: (8192, 8192), 4: (8192, 8192)}  # bits: outputs, inputs
 SHARES = (1.0, 0.75, 0.5, 0.25)
 BARS = {(32, 0.5): 1.35, (16, 0.5): 1.35, (4, 0.5): 1.2} | {(bits, 1.0): 0.97 for bits in SHAPES}
-REPEATS = 5
 
 
 def main() -> None:
@@ -33,17 +31,15 @@ def main() -> None:
     rows = []
     for bits, (outs, ins) in SHAPES.items():
         for share in SHARES:
-            runs = [_native.sparse_trial(outs, ins, bits, share, args.threads, 31) for _ in range(REPEATS)]
-            ratios = sorted(dense / sparse for dense, sparse in runs)
+            got = sparse_against_dense(outs, ins, bits, share, args.threads)
             row = {
                 "bits": bits, "outs": outs, "ins": ins, "share": share, "bar": BARS.get((bits, share)),
-                "dense_ms": 1e3 * statistics.median(d for d, _ in runs),
-                "sparse_ms": 1e3 * statistics.median(s for _, s in runs),
-                "ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1],
+                "dense_ms": 1e3 * got.dense, "sparse_ms": 1e3 * got.sparse,
+                "ratio": got.ratio, "lowest": got.lowest, "highest": got.highest,
             }  # fmt: skip
             rows.append(row)
             print(
-                f"{bits:2} bits, {share:.0%} of the channels: x{row['ratio']:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                f"{bits:2} bits, {share:.0%} of the channels: x{got.ratio:.2f} ({got.lowest:.2f} to {got.highest:.2f})"
             )
     if args.json:
         RESULT.write_text(json.dumps({"threads": args.threads, "rows": rows, "run": provenance()}, indent=1) + "\n")
