@@ -23,7 +23,7 @@ def test_every_claim_can_be_judged_or_says_why_not():
 def test_derivatives_of_one_state_are_compared():
     """Seeds whose first control differs between the kinds of derivatives: the histories must not."""
     found = cases.curved_errors(12)
-    assert max(found["gradient"], found["hessian"], found["differences"]) < 1e-4 < min(found[k] for k in cases.ROUGH)
+    assert max(found["gradient"], found["hessian"]) < 1e-7 and min(found[k] for k in cases.ROUGH) > 1e-3
 
 
 def test_without_the_other_compiler_nothing_is_judged(monkeypatch):
