@@ -23,7 +23,8 @@ How bars are read
     by error and instructions on that path with seeds 1 to 4; backwards with seeds 5 to 8 it is the same places in another order,
     no other path: no second one is published. int8: the controller's weights are int8, the plant keeps
     the float network, which is harder than the same network on both sides.
-    cycles: counted instructions of the worst tick x 1.3, the figure of devices/cards/stm32f4.toml.
+    cycles: counted instructions of the path's worst tick x 1.3, the figure of devices/cards/stm32f4.toml. Seen, not a bound:
+    a tick in which every step needs the shortest length would take more.
     Mass-spring-damper: the paper's plant is not given; 2-16-1 reads u(n) and x(n) alone and cannot know the speed. The bar is
     judged on an overdamped plant, where that suffices; lightly damped ones stand beside it, with 4-16-1, not judged. The MPC
     sees the reference ten ticks ahead, as the cost says, so the PID may follow a row of it that far ahead: its tuning chooses
