@@ -35,6 +35,8 @@ SAMPLES = {
         {"sparsity": 0.4, "narrowest": 40, "calibration": 8},
         {"sparsity": 0.5, "rho": 0.7, "narrowest": 60, "score": "released", "per_layer": {"blocks.1.o": [0.3, 0.5]}},
     ],
+    # without its warm start, which back-propagates through one block, it keeps the rule of no gradients as well
+    "zeroqat": [{"w": 4, "group": 16, "steps": 3, "batch": 4, "rate": 1e-3, "warm": 0, "every": 2, "validation": 1}],
 }
 TAKES_CODES = {"sparsify"}  # methods that treat quantized maps: quantize first
 UNEVEN = (BlockShape(80, 12), BlockShape(53, 7, ((0, 2, 5), (1, 2, 3))))

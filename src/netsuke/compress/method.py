@@ -59,8 +59,9 @@ def registry() -> dict[str, type[Method]]:
     from netsuke.compress.modegpt import MoDeGPT
     from netsuke.compress.quantize import Quantize
     from netsuke.compress.sparsify import Sparsify
+    from netsuke.train.zeroqat import ZeroQAT
 
-    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Sparsify)}
+    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Sparsify, ZeroQAT)}
 
 
 def from_json(value: dict[str, Any]) -> Method:
