@@ -14,8 +14,8 @@ Non-negative factors, which the library offers too, are left out: trained weight
 semi-non-negative factorization.
 
 On tight models no SVD is usable by itself (stories260K, 21 % of the blocks removed: perplexity x 46 plain, x 7 whitened):
-`heal` gradient steps, or prefer modegpt, which cuts pairs of matrices and needs no training. Where it shines: wide matrices
-with falling spectra, factors trained from the start, and rank 0.5 or less with healing.
+ask for `finetune` steps, or prefer modegpt, which cuts pairs of matrices and needs no training. Where it shines: wide matrices
+with falling spectra, factors trained from the start, and rank 0.5 or less with fine-tuning.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SOLVERS = ("whitened-svd", "svd", "random")
 TABLES = ("embed", "head")
 # A fifth of the rates of training from scratch. No weight decay: on A and B apart it acts as a penalty on the nuclear norm of
 # B A and lowers the rank further.
-HEAL = LoopKnobs(steps=200, muon_lr=0.004, adam_lr=3e-4, weight_decay=0.0)
-HEAL_BATCHES = 64  # of the train split, kept in memory and gone through in turn
+TUNE = LoopKnobs(steps=200, muon_lr=0.004, adam_lr=3e-4, weight_decay=0.0)
+BATCHES = 64  # of the train split, kept in memory and gone through in turn
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Factorize(Method):
             return work
         for name, layer in self.factors(work, task)[1].items():
             work.replace(name, layer)
-        return heal(work, task, self.finetune) if self.finetune else work.requires_grad_(False)
+        return fine_tune(work, task, self.finetune) if self.finetune else work.requires_grad_(False)
 
     @torch.no_grad()
     def factors(self, model: nn.Module, task: Task | None) -> tuple[list[Row], dict[str, LowRank]]:
@@ -277,9 +277,9 @@ def random_factors(outs: int, ins: int, rank: int, std: float, seed: str) -> tup
     return first, torch.randn(outs, rank, generator=rng) * each
 
 
-def heal(model: nn.Module, task: Task, steps: int, knobs: LoopKnobs = HEAL) -> nn.Module:
+def fine_tune(model: nn.Module, task: Task, steps: int, knobs: LoopKnobs = TUNE) -> nn.Module:
     """`steps` gradient steps on the task's train split, in place; gradients are off again afterwards."""
-    batches = list(task.batches("train", HEAL_BATCHES))
+    batches = list(task.batches("train", BATCHES))
     kinds = {n: p.dtype for n, p in model.named_parameters()}
     model.float().requires_grad_(True)  # half-precision weights would swallow the small steps
     with torch.enable_grad():
