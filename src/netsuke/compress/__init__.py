@@ -18,13 +18,16 @@ def compress(
 
     methods  Method values, their JSON dictionaries, or texts such as "quantize:bits=4,group=32"
 
-    Returns {model, methods, bytes_before, bytes_after, metric, before, after, artifact}; quality is on validation text.
+    Returns {model, methods, bytes_before, bytes_after, traffic_before, traffic_after, metric, before, after, artifact}; quality
+    is on validation text, every token but the first decoded as input-sparse maps decode it; traffic is bytes of the
+    blocks' tensors that a decoded token reads.
     Raises NetsukeError for unusable input; nothing is written then.
     """
     import torch
 
     from netsuke import __version__
     from netsuke.compress.method import Method, from_json, parse
+    from netsuke.compress.sparse_channels import decoding, total, traffic
     from netsuke.models.artifact import check_writable
     from netsuke.models.load import describe, load
     from netsuke.models.save import save_artifact
@@ -43,15 +46,22 @@ def compress(
             tell(f"applying {value.name}", i, len(values))
             carved = value.apply(carved, task)
         tell("measuring what it became", 0, 0)
-        after = task.score(carved, "validation")
+        with decoding(carved):
+            after = task.score(carved, "validation")
     provenance = {"base": Path(model).name, "methods": [v.to_json() for v in values], "netsuke": __version__}
     trained_on = (loaded.manifest or {}).get("provenance", {}).get("data")
     if trained_on:
         provenance["data"] = trained_on
-    facts = {"perplexity_validation": after, "perplexity_validation_before": quality}
+    read = {"before": round(total(traffic(loaded.model)).bytes_read), "after": round(total(traffic(carved)).bytes_read)}
+    facts = {
+        "perplexity_validation": after,
+        "perplexity_validation_before": quality,
+        "bytes_read_per_token": read["after"],
+    }
     save_artifact(target, carved, loaded.tokenizer, provenance=provenance, facts=facts, budget=None)
     return {
         "model": model, "methods": provenance["methods"], "bytes_before": before.bytes_on_disk,
         "bytes_after": sum(f.stat().st_size for f in target.iterdir()), "metric": task.metric,
+        "traffic_before": read["before"], "traffic_after": read["after"],
         "before": quality, "after": after, "artifact": str(target),
     }  # fmt: skip

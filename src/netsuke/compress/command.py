@@ -34,6 +34,9 @@ def register(app: typer.Typer) -> None:
             return
         table = Table("", "before", "after")
         table.add_row("bytes", format_bytes(got["bytes_before"]), format_bytes(got["bytes_after"]))
+        table.add_row(
+            "read per decoded token, blocks", format_bytes(got["traffic_before"]), format_bytes(got["traffic_after"])
+        )
         table.add_row(f"{got['metric']} (validation)", f"{got['before']:.4g}", f"{got['after']:.4g}")
         Console().print(table)
         print(f"artifact  {got['artifact']}")
