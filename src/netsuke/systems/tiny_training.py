@@ -51,7 +51,11 @@ from netsuke.train.on_mcu import STACK
 from netsuke.train.sparse_update import PUBLISHED, extra_bytes
 
 RATES = (0.005, 0.01, 0.02, 0.03, 0.05)  # with scaling these are rates of real SGD
-SPARSE_RATES = (0.005, 0.0125, 0.025)
+SPARSE_RATES = (
+    0.005,
+    0.0125,
+    0.025,
+)  # plan 99 takes the largest, at which the last 12 layers diverge; none above was tried
 STORAGE_RATES = (0.0003, 0.001, 0.003)
 EXPECTED = (50, 75, 100, 125, 148, 448, 1400)  # kB
 
@@ -260,9 +264,9 @@ CLAIMS = [
     Claim("sparse update matches a deep full one at a fraction of its memory", "88.8 % at 100 KB; 87.7 % at 448 KB",
           "plan 99 ≥ last 12 layers - 0.5 points at 0.22x the memory", sparse,
           functools.partial(sparse, small="head"), needs=BOTH),
-    Claim("contribution analysis finds a plan of sparse update", "a plan found once serves all data sets",
+    Claim("contribution analysis finds a plan", "a plan found once serves all data sets",
           "≥ plan 99 - 1 point at no more memory (our bar: the paper gives none)", plan_search, needs=BOTH),
-    Claim("sparse update beats a linear probe of the frozen network", "not given", "+ 3 points", beats_probe, shuffled_labels,
+    Claim("training beats a linear probe of the frozen network", "not given", "+ 3 points", beats_probe, shuffled_labels,
           needs=BOTH),
     Claim("the arena of a training step", "first-fit under 256 KB",
           "≤ 1.10x of live bytes; all five plans within 256 KB with their stack", arena,
