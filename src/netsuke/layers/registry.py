@@ -10,11 +10,12 @@ from netsuke.layers.linear import Dense, LinearBase
 
 def kinds() -> dict[str, type[LinearBase]]:
     """kind -> class with `from_spec(spec, outs, ins, bias)`."""
+    from netsuke.layers.adapter import Adapter
     from netsuke.layers.lowrank import LowRank
     from netsuke.layers.quantized import QuantLinear
     from netsuke.layers.sparse import InputSparse
 
-    return {"dense": Dense, "quant": QuantLinear, "lowrank": LowRank, "sparse": InputSparse}
+    return {"dense": Dense, "quant": QuantLinear, "lowrank": LowRank, "sparse": InputSparse, "adapter": Adapter}
 
 
 def layer_from_spec(spec: Any, outs: int, ins: int, bias: bool) -> LinearBase:
