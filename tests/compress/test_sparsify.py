@@ -18,7 +18,7 @@ from netsuke.compress.sparse_channels import (
     total,
     traffic,
 )
-from netsuke.compress.sparse_recipe import SearchKnobs, child_of, evolve
+from netsuke.compress.sparse_recipe import SearchKnobs, child_of, divergence, evolve
 from netsuke.compress.sparsify import Sparsify
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
@@ -177,8 +177,9 @@ def test_children_stay_within_range():
         assert all(0 <= g <= 1 for g in child)
 
 
-def test_search_returns_what_validation_text_prefers(task):
-    method = Sparsify(0.6, search="evolve", population=4, generations=1, trial=2, **TINY)
+@pytest.mark.parametrize("fitness", ["divergence", "perplexity"])
+def test_search_returns_what_validation_text_prefers(task, fitness):
+    method = Sparsify(0.6, search="evolve", fitness=fitness, population=4, generations=1, trial=2, **TINY)
     model, seen = tiny_llama(), []
     found = method.searched(model, task)
     after = method.apply(model, task, lambda *step: seen.append(step))
@@ -189,6 +190,14 @@ def test_search_returns_what_validation_text_prefers(task):
     again = tiny_llama()
     make_sparse(again, calibration_windows(task, 8), found.plan)
     assert same_state(after, again), "apply installs what the search found"
+
+
+def test_divergence_is_that_of_the_definition():
+    logits, other = torch.randn(2, 3, 5, 7)
+    p, q = logits.softmax(-1).double(), other.softmax(-1).double()
+    want = float((p * (p / q).log()).sum(-1).mean())
+    assert divergence(logits.log_softmax(-1), other) == pytest.approx(want, rel=1e-5) and want > 0
+    assert divergence(logits.log_softmax(-1), logits) == pytest.approx(0, abs=1e-7)
 
 
 def test_narrow_maps_are_left_with_a_note(task):

@@ -5,7 +5,10 @@ the train split, the better half stays, children take each ρ from one of two pa
 to 1, by a small step, or to any value. The search starts from ρ = 1 and ρ = 0.95 everywhere, and what it found must beat both
 on validation text, each calibrated in full, or the better one of them is the answer.
 
-Trials do not calibrate anew: thresholds are quantiles of what the model with ρ = 1 everywhere has shown.
+Trials do not calibrate anew: thresholds are quantiles of what the model with ρ = 1 everywhere has shown. What a trial
+measures is the divergence KL(dense || sparse) of the next token, nats per token: the expected rise of the loss without the
+noise of the tokens that came. By perplexity, as published, a search on 1,536 tokens of pycode's text gained 3 % there
+and lost 0.7 % on other text.
 """
 
 from __future__ import annotations
@@ -34,12 +37,13 @@ class SearchKnobs:
     generations: int = 8
     trial: int = 8  # windows
     seed: int = 0
+    fitness: str = "divergence"  # or "perplexity"
 
 
 @dataclass(frozen=True)
 class Found:
-    """plan: what won on validation text. `trials`: best loss on trial windows after each generation. `judged`: mean loss on
-    validation text of the starts and of the search's best, calibrated in full."""
+    """plan: what won on validation text. `trials`: least loss on trial windows after each generation. `judged`: the task's score
+    on validation text of the starts and of the search's best, calibrated in full."""
 
     plan: Plan
     trials: list[float]
@@ -100,12 +104,17 @@ def search_recipe(
     made = make_sparse(work, ids, recipe_of((1.0,) * len(names)), **rules)
     maps, windows = sparse_maps(work), list(limited(task, knobs.trial))
 
+    dense = [model(rows[:, :-1]).log_softmax(-1) for rows in windows] if knobs.fitness == "divergence" else []
+
     def loss(recipe: Recipe) -> float:
         for name, rho in zip(names, recipe):
             install(maps[name], made[name], plan[name][0], rho)
         with decoding(work):
-            losses = [float(task.loss(work, rows)) * len(rows) for rows in windows]
-        return sum(losses) / sum(map(len, windows))
+            if knobs.fitness == "perplexity":
+                parts = [float(task.loss(work, rows)) for rows in windows]
+            else:
+                parts = [divergence(base, work(rows[:, :-1])) for base, rows in zip(dense, windows)]
+        return sum(part * len(rows) for part, rows in zip(parts, windows)) / sum(map(len, windows))
 
     starts = [(rho,) * len(names) for rho in STARTS]
     best, history = evolve(starts, loss, knobs, on_trial)
@@ -118,6 +127,11 @@ def search_recipe(
     winner = min(judged, key=judged.get)
     chosen = best if winner == "found" else starts[list(judged).index(winner)]
     return Found(recipe_of(chosen), history, judged)
+
+
+def divergence(base: Tensor, logits: Tensor) -> float:
+    """KL(base || softmax(logits)), mean over tokens in nats; base holds log-probabilities, both (B, T, V)."""
+    return float((base.exp() * (base - logits.log_softmax(-1))).sum(-1).double().mean())
 
 
 def limited(task: Task, windows: int):

@@ -52,6 +52,7 @@ class Sparsify(Method):
     inputs       thresholds are taken on what a map gets from the "sparse" maps before it, or from the "dense" model as in the
                  paper: then the realised sparsity of single maps is off by up to 6 points on stories260K
     search       "off", or "evolve": find rho for every map by an evolutionary search that starts from rho = 1 and 0.95
+    fitness      what the search makes small on trial windows: "divergence" from the dense model, or "perplexity" as published
     population   recipes per generation of the search
     generations  of the search
     trial        windows of the train split on which a recipe of the search is scored
@@ -71,6 +72,7 @@ class Sparsify(Method):
     score: str = "norms"
     inputs: str = "sparse"
     search: str = "off"
+    fitness: str = "divergence"
     population: int = 16
     generations: int = 8
     trial: int = 8
@@ -91,7 +93,10 @@ class Sparsify(Method):
             for knob, value, top in zip(("sparsity", "rho"), pair, (MOST, 1)):
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top:
                     raise NetsukeError(asked, f"{at}{knob}={value!r}", f"0 to {top}")
-        words = {"score": ("norms", "released"), "inputs": ("sparse", "dense"), "search": ("off", "evolve")}
+        words = {
+            "score": ("norms", "released"), "inputs": ("sparse", "dense"), "search": ("off", "evolve"),
+            "fitness": ("divergence", "perplexity"),
+        }  # fmt: skip
         for knob, allowed in words.items():
             if getattr(self, knob) not in allowed:
                 raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", ", ".join(allowed))
@@ -158,7 +163,7 @@ class Sparsify(Method):
     ) -> Found:  # fmt: skip
         """What the search finds for this model: the plan that `per_layer` takes, and how it got there."""
         ids = calibration_windows(task, self.calibration) if ids is None else ids
-        knobs = SearchKnobs(self.population, self.generations, self.trial, self.seed)
+        knobs = SearchKnobs(self.population, self.generations, self.trial, self.seed, self.fitness)
         return search_recipe(model, task, ids, self.plan(model), knobs, on_trial, **self.rules)
 
     def strengths(self) -> list[Method]:
