@@ -33,10 +33,14 @@ def multipliers(ratio: np.ndarray | float) -> tuple[np.ndarray, int]:
     return m.astype(np.int32), shift
 
 
-def requantize(total: np.ndarray, m: np.ndarray, shift: int, zero: int, low: int = -128, high: int = 127) -> np.ndarray:
-    """The formula above; `total` int32-valued of any integer type, channels last; returns int8."""
-    q = ((total.astype(np.int64) * m.astype(np.int64) + (1 << (shift - 1))) >> shift) + zero
-    return np.clip(q, low, high).astype(np.int8)
+def requantize(
+    total: np.ndarray, m: np.ndarray, shift: int | np.ndarray, zero: int, low: int = -128, high: int = 127
+) -> np.ndarray:
+    """The formula above; `total` int32-valued of any integer type, channels last; returns the narrowest of int8, int16 and int32
+    that holds the limits. `shift` may differ by row."""
+    q = ((total.astype(np.int64) * m.astype(np.int64) + (np.int64(1) << (shift - 1))) >> shift) + zero
+    kind = np.int8 if low >= -128 and high <= 127 else np.int16 if low >= -32768 and high <= 32767 else np.int32
+    return np.clip(q, low, high).astype(kind)
 
 
 def sum_multipliers(a: float, b: float) -> tuple[int, int, int]:

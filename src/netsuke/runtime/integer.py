@@ -1,0 +1,248 @@
+"""A statically quantized Llama run with integers only: what an NPU or a chip without floats computes.
+
+`IntegerModel.of_model` takes a Llama whose maps are symmetric integers and whose every site has a static grid
+(compress/static.py) and keeps integers: int8 weights, int32 multipliers, int64 biases, tables. `forward` then touches int8 and
+int16 codes, int32 and int64 sums, and nothing else; the key/value cache holds int8 codes. Keys are stored rotated.
+
+It agrees with the simulation in floats (the model itself, run in float64) except where a sum falls within 2^-20 or so of the
+border between two codes. One such flip is a rounding error like any other, and it moves what comes after it by as much: to hold
+operators against the simulation, each gets the simulation's codes as its inputs (`at`).
+
+Beyond the sites, which end with the last block: the stream that leaves it is kept in 25 bits, what the final norm gives in up
+to 22, as int32, and logits are int64 in steps of 2^-16.
+
+    from netsuke.runtime.integer import IntegerModel
+    model = IntegerModel.of_model(load("small-w8a8.netsuke").model)
+    list(model.generate(ids, 64))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from netsuke.errors import NetsukeError
+from netsuke.layers.quantized import QuantLinear
+from netsuke.layers.static import StaticGrid
+from netsuke.models.llama import SITES, Block, Llama
+from netsuke.runtime.integer_ops import Codes, Norm, Rescale, Softmax, centred, sigmoid_table, signed_multipliers
+
+ASKED = "run a model in integers"
+STREAM_BITS = 24  # sizes of what leaves the last block are below 2^24
+LOGIT_STEP = 2.0**-16
+At = Callable[[int, str, Codes], Codes]
+
+
+def _as_they_are(layer: int, site: str, codes: Codes) -> Codes:
+    return codes
+
+
+class IntegerLinear:
+    """codes of y from codes of x: Σ w (x − z) + b, rescaled per row. w int8 (O, I)."""
+
+    def __init__(self, layer: Any, name: str, x: StaticGrid, y: StaticGrid):
+        w, scales = _symmetric(layer, name)
+        self.w, self.x = w, x
+        bias = None if layer.bias is None else layer.bias.double().numpy() / y.scale
+        self.rescale = Rescale.of(x.scale * scales / y.scale, y, bias)
+        # 8 by 8 bits stay inside int32 up to 131,072 inputs, 16 by 8 bits only up to 256
+        self.sum = np.int32 if x.bits == 8 and w.shape[1] <= 1 << 16 else np.int64
+
+    def __call__(self, codes: Codes) -> Codes:
+        total = centred(codes, self.x).astype(self.sum) @ self.w.T.astype(self.sum)
+        return self.rescale(total)
+
+
+def _symmetric(layer: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """int8 weights (O, I) and the scale of every row, float64. Raises NetsukeError for other formats."""
+    from netsuke.layers.packing import unpack
+
+    if not isinstance(layer, QuantLinear) or layer.group != layer.ins:
+        found = f"{name} is stored as {layer.spec()}"
+        raise NetsukeError(ASKED, found, "quantized maps with one scale per row", "--method mobilequant")
+    half = 1 << (layer.bits - 1)
+    if not bool((layer.zeros == half).all()):
+        raise NetsukeError(ASKED, f"{name} has zero points", "symmetric weights", "--method mobilequant")
+    codes = unpack(layer.codes, layer.bits, layer.ins).numpy().astype(np.int16) - half
+    return codes.astype(np.int8), layer.scales.double().numpy()[:, 0]
+
+
+class IntegerBlock:
+    def __init__(self, block: Block, context: int):
+        cfg, i = block.cfg, block.layer
+        self.layer, self.heads, self.kv_heads, self.window = i, cfg.heads, cfg.kv_heads, cfg.window
+        self.grids: dict[str, StaticGrid] = {s: g for s, g in block.sites.items() if isinstance(g, StaticGrid)}
+        g = self.grids
+        for site in SITES:
+            if site not in g:
+                raise NetsukeError(
+                    ASKED, f"blocks.{i}.{site} has no static grid", "a grid at every site", "--method mobilequant"
+                )
+        if g["gate"].bits != 8:
+            raise NetsukeError(ASKED, f"blocks.{i}.gate has 16 bits", "8 bits: its sigmoid is a table of 256 entries")
+        reads = {
+            "q": "attn_in",
+            "k": "attn_in",
+            "v": "attn_in",
+            "o": "heads",
+            "gate": "mlp_in",
+            "up": "mlp_in",
+            "down": "hidden",
+        }
+        self.linear = {
+            n: IntegerLinear(getattr(block, n), f"blocks.{i}.{n}", g[x], g[n]) for n, x in reads.items()
+        }  # fmt: skip
+        self.attn_norm, self.mlp_norm = (
+            Norm.of(norm.weight.double().numpy(), norm.eps, g[x].scale, g[x].bits, g[y].scale, g[y].zero, g[y].bits)
+            for norm, x, y in (
+                (block.attn_norm, "attn_stream", "attn_in"),
+                (block.mlp_norm, "mlp_stream", "mlp_in"),
+            )
+        )
+        self.turn = {n: Rescale.of(g[n].scale / g[f"{n}_rot"].scale, g[f"{n}_rot"]) for n in ("q", "k")}
+        cos, sin = (t.double().numpy() for t in block.rope(0, context))  # (1 or K, context, R)
+        self.table = {
+            n: tuple(np.rint(t * float(r.m[0])).astype(np.int64) for t in (cos, sin)) for n, r in self.turn.items()
+        }
+        unit = g["q_rot"].scale * g["k_rot"].scale / math.sqrt(cfg.head_dim)
+        self.score = Rescale.of(unit / g["scores"].scale, g["scores"])
+        self.softmax = Softmax.of(g["scores"].scale, g["probs"])
+        self.mix = Rescale.of(g["probs"].scale * g["v"].scale / g["heads"].scale, g["heads"])
+        self.middle = Rescale.of(
+            np.array([g["attn_stream"].scale, g["o"].scale]) / g["mlp_stream"].scale, g["mlp_stream"]
+        )
+        self.sigmoid = sigmoid_table(g["gate"], g["sigmoid"])
+        self.silu = Rescale.of(g["gate"].scale * g["sigmoid"].scale / g["silu"].scale, g["silu"])
+        self.gated = Rescale.of(g["silu"].scale * g["up"].scale / g["hidden"].scale, g["hidden"])
+
+    def rotate(self, name: str, x: Codes, start: int) -> Codes:
+        """codes (T, heads, 2R) of q or k -> rotated codes (heads, T, 2R)."""
+        x = centred(x, self.grids[name]).astype(np.int64).transpose(1, 0, 2)
+        cos, sin = (t[:, start : start + x.shape[1]] for t in self.table[name])
+        if len(cos) > 1:  # every key head has its own pairs
+            cos, sin = (np.repeat(t, len(x) // len(t), 0) for t in (cos, sin))
+        a, b = np.split(x, 2, -1)
+        total = np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
+        scale = self.turn[name]  # its multiplier is in the table already
+        return Rescale(scale.grid, np.ones(1, np.int64), scale.shift)(total)
+
+    def __call__(self, x: Codes, cache: dict[str, list[Codes]], start: int, at: At) -> tuple[Codes, Codes]:
+        """Codes of the stream (T, C) at `attn_stream` -> codes at `mlp_stream` and of `down`, whose sum is the block's output."""
+        g, i, T = self.grids, self.layer, len(x)
+        n = at(i, "attn_in", self.attn_norm(centred(x, g["attn_stream"])))
+        q, k, v = (
+            at(i, name, self.linear[name](n).reshape(T, heads, -1))
+            for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
+        )
+        q = at(i, "q_rot", self.rotate("q", q, start))
+        cache["k"][i].append(at(i, "k_rot", self.rotate("k", k, start)))
+        cache["v"][i].append(v.transpose(1, 0, 2))
+        k, v = (np.concatenate(cache[name][i], 1) for name in ("k", "v"))
+        cache["k"][i], cache["v"][i] = [k], [v]
+        k, v = (np.repeat(centred(t, g[s]), self.heads // self.kv_heads, 0) for t, s in ((k, "k_rot"), (v, "v")))
+        scores = at(i, "scores", self.score(centred(q, g["q_rot"]) @ k.transpose(0, 2, 1)))
+        S = scores.shape[-1]
+        rows, columns = np.arange(S - T, S)[:, None], np.arange(S)[None]
+        seen = columns <= rows if self.window is None else (columns <= rows) & (columns > rows - self.window)
+        probs = at(i, "probs", self.softmax(scores, seen))
+        mixed = self.mix(centred(probs, g["probs"]) @ v)  # weights sum to 1: 32,767 · 255 at most, far inside int32
+        heads = at(i, "heads", mixed.transpose(1, 0, 2).reshape(T, -1))
+        o = at(i, "o", self.linear["o"](heads))
+        x = at(i, "mlp_stream", self.middle.sum(centred(x, g["attn_stream"]), centred(o, g["o"])))
+        n = at(i, "mlp_in", self.mlp_norm(centred(x, g["mlp_stream"])))
+        gate = at(i, "gate", self.linear["gate"](n))
+        up = at(i, "up", self.linear["up"](n))
+        open_ = at(i, "sigmoid", self.sigmoid[gate.astype(np.int32) + 128])
+        silu = at(i, "silu", self.silu(centred(gate, g["gate"]) * centred(open_, g["sigmoid"])))
+        hidden = at(i, "hidden", self.gated(centred(silu, g["silu"]) * centred(up, g["up"])))
+        return x, at(i, "down", self.linear["down"](hidden))
+
+
+class IntegerModel:
+    """A model in integers. `bytes` of its constants; `forward` and `generate` run it, one sequence at a time."""
+
+    def __init__(self, model: Llama):
+        self.cfg = model.cfg
+        self.blocks = [IntegerBlock(b, model.cfg.context) for b in model.blocks]
+        first, last = self.blocks[0].grids["attn_stream"], self.blocks[-1].grids
+        self.table, table_zeros, scales = _per_row(model.embed, "embed")
+        self.table_zeros = table_zeros
+        self.entry = Rescale.of(scales / first.scale, first)
+        self.joints = [
+            Rescale.of(
+                np.array([a.grids["mlp_stream"].scale, a.grids["down"].scale]) / b.grids["attn_stream"].scale,
+                b.grids["attn_stream"],
+            )
+            for a, b in zip(self.blocks, self.blocks[1:])
+        ]
+        sizes = np.array([last["mlp_stream"].scale, last["down"].scale])
+        step = float(sizes.sum()) * (1 << 16) / (1 << STREAM_BITS)
+        self.exit, self.exit_shift = signed_multipliers(sizes / step)
+        weight = model.norm.weight.double().numpy()
+        # |x| / rms <= sqrt(C) needs no calibration; sums with 8-bit weights times 22-bit multipliers stay inside int64
+        bits = min(22, 33 - math.ceil(math.log2(len(weight))))
+        scale = math.sqrt(len(weight)) * np.abs(weight).max() / ((1 << (bits - 1)) - 1)
+        self.norm = Norm.of(weight, model.norm.eps, step, STREAM_BITS, scale, bits=bits)
+        if model.head is None:
+            self.head, self.head_zeros = self.table, table_zeros
+        else:
+            self.head, self.head_zeros, scales = _per_row(model.head, "head")
+        m, shift = signed_multipliers(scale * scales / LOGIT_STEP)
+        self.head_m, self.head_shift = (m.astype(np.int64) + 256) >> 9, shift - 9
+
+    @classmethod
+    def of_model(cls, model: Llama) -> IntegerModel:
+        """Raises NetsukeError, naming the map or site, for anything that is not a static integer."""
+        try:
+            return cls(model)
+        except ValueError as e:
+            raise NetsukeError(ASKED, f"the scales of two neighbouring grids are too far apart ({e})") from e
+
+    def cache(self) -> dict[str, list[list[Codes]]]:
+        return {name: [[] for _ in self.blocks] for name in ("k", "v")}
+
+    def forward(
+        self, ids: Sequence[int], cache: dict[str, list[list[Codes]]] | None = None, at: At = _as_they_are
+    ) -> np.ndarray:
+        """ids (T,) after what the cache holds -> logits (T, V), int64 in steps of 2^-16.
+
+        at    sees (block, site, codes) and returns the codes to go on with
+        """
+        cache = self.cache() if cache is None else cache
+        start = cache["k"][0][0].shape[1] if cache["k"][0] else 0
+        ids = np.asarray(ids, np.int64)
+        if not ids.size or ids.min() < 0 or ids.max() >= self.cfg.vocab or start + len(ids) > self.cfg.context:
+            raise NetsukeError(
+                ASKED, f"{ids.size} tokens after {start}, up to {ids.max(initial=0)}",
+                f"tokens below {self.cfg.vocab}, {self.cfg.context} in all",
+            )  # fmt: skip
+        rows = self.table[ids].astype(np.int32) - self.table_zeros[ids, None]
+        entry = Rescale(self.entry.grid, self.entry.m[ids, None], self.entry.shift)
+        x = at(0, "attn_stream", entry(rows))
+        for i, block in enumerate(self.blocks):
+            x, down = block(x, cache, start, at)
+            terms = centred(x, block.grids["mlp_stream"]), centred(down, block.grids["down"])
+            if i + 1 < len(self.blocks):
+                x = at(i + 1, "attn_stream", self.joints[i].sum(*terms))
+        total = sum(t.astype(np.int64) * int(m) for t, m in zip(terms, self.exit))
+        x = self.norm((total + (1 << (self.exit_shift - 1))) >> self.exit_shift)
+        sums = x.astype(np.int64) @ (self.head.astype(np.int64) - self.head_zeros[:, None]).T
+        return (sums * self.head_m + (1 << (self.head_shift - 1))) >> self.head_shift
+
+    def generate(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+        """The most likely tokens after a prompt (the first of equals)."""
+        cache, step = self.cache(), list(ids)
+        for _ in range(new_tokens):
+            token = int(self.forward(step, cache)[-1].argmax())
+            yield token
+            step = [token]
+
+
+def _per_row(layer: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 codes (O, I), zero points and scales of every row. Raises NetsukeError for another format."""
+    if not isinstance(layer, QuantLinear) or layer.bits != 8 or layer.group < layer.ins:
+        raise NetsukeError(ASKED, f"{name} is stored as {layer.spec()}", "8 bits with one scale per row")
+    return layer.codes.numpy(), layer.zeros.numpy()[:, 0].astype(np.int32), layer.scales.double().numpy()[:, 0]
