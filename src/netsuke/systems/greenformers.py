@@ -57,7 +57,7 @@ from netsuke.data.domains import needs as domain_files
 from netsuke.devices import Device
 from netsuke.errors import NetsukeError
 from netsuke.measure.peak import peak_of
-from netsuke.models.encoder import EncoderConfig, projections, random_encoder
+from netsuke.models.encoder import projections, random_encoder
 from netsuke.models.load import find
 from netsuke.models.places import WEIGHTS
 from netsuke.models.save import save_artifact
@@ -86,7 +86,7 @@ def formulas(quick: bool, forget: bool = False) -> Measured:
         shapes += [("lrt", advise.Shape(768, 12, rank=r)) for r in (32, 64, 128, 256)]
         shapes += [("linformer", advise.Shape(768, 12, project=p)) for p in (64, 128, 256) if p <= n]
         for kind, s in shapes:
-            block = bert_block(kind, n, s, device="meta")
+            block = cases.shapes_only(kind, n, s)
             with FlopCounterMode(display=False) as counted:
                 block(torch.empty(1, n, s.d, device="meta"))
             macs = advise.macs(kind, s, n) - (2 * n * s.P(n) * s.d if forget and kind == "linformer" else 0)
@@ -169,24 +169,33 @@ _PEAKS: dict[tuple[str, int, bool, bool], int] = {}
 
 def memory_at(kind: str, n: int, bar: float, quick: bool) -> Measured:
     n = 256 if quick else n
-    ratio, fused = (peaks(kind, n, o, quick) / peaks("dense", n, o, quick) for o in (True, False))
+    ways = (True,) if quick else (True, False)
+    ratios = {o: peaks(kind, n, o, quick) / peaks("dense", n, o, quick) for o in ways}
     foretold = advise.training_bytes(kind, BERT, n, cases.PEAK_TOKENS) / advise.training_bytes(
         "dense", BERT, n, cases.PEAK_TOKENS
     )
-    shown = f"{ratio:.2f}x of dense, foretold {foretold:.2f}x; in the fused kernel {fused:.2f}x"
-    return Measured(shown, None if quick else ratio <= bar, {"ratio": ratio, "fused": fused, "foretold": foretold})
+    shown = f"{ratios[True]:.2f}x of dense, foretold {foretold:.2f}x" + (
+        "" if quick else f"; fused {ratios[False]:.2f}x"
+    )
+    values = {"open": ratios[True], "fused": ratios.get(False), "foretold": foretold}
+    return Measured(shown, None if quick else ratios[True] <= bar, values)
 
 
 def memory_crossing(quick: bool, open_maps: bool = True) -> Measured:
-    lengths = QUICK_LENGTHS if quick else PEAK_LENGTHS if open_maps else PEAK_LENGTHS[::2]
+    lengths = QUICK_LENGTHS if quick else PEAK_LENGTHS if open_maps else PEAK_LENGTHS[1::2]
     lrt, linformer = ({n: peaks(kind, n, open_maps, quick) for n in lengths} for kind in ("lrt", "linformer"))
     at = cases.crossing_of(lrt, linformer)
     foretold = advise.crossing("memory", BERT, cases.PEAK_TOKENS, fused=not open_maps)
     found = "none" if at is None else f"{at:,.0f} tokens"
     table = ", ".join(f"{n}: {lrt[n] / 1e6:,.0f} and {linformer[n] / 1e6:,.0f} MB" for n in lengths)
     shown = f"{found}; foretold {foretold or 'none'}; LRT and Linformer at {table}"
-    met = None if quick and open_maps else at is not None and 256 <= at <= 2048
+    met = None if quick else at is not None and 256 <= at <= 2048
     return Measured(("fused: " if not open_maps else "") + shown, met, {"at": at, "foretold": foretold})
+
+
+def fused_memory(quick: bool) -> Measured:
+    """The control: a kernel that keeps no maps leaves nothing to cross."""
+    return Measured("not in a quick run", False) if quick else memory_crossing(quick, open_maps=False)
 
 
 def file_sizes(quick: bool) -> Measured:
@@ -194,8 +203,7 @@ def file_sizes(quick: bool) -> Measured:
     s, sizes = SMALL if quick else BERT, {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in advise.KINDS:
-            extra = {"attention": "linformer", "project": s.P(512)} if kind == "linformer" else {}
-            cfg = EncoderConfig.uniform(2, s.f, width=s.d, heads=s.heads, context=512, features=1, classes=2, **extra)
+            cfg = cases.config_of(kind, 512, s, layers=2)
             model = random_encoder(cfg, 0)
             model = low_rank_design(model, s.r) if kind == "lrt" else model
             saved = save_artifact(Path(folder) / kind, model, None, {}, {})
@@ -241,16 +249,17 @@ def long_quality(quick: bool) -> Measured:
 
 
 def svd_start(name: str, quick: bool) -> Measured:
-    steps = 3 if quick else cases.HEAL_STEPS
+    steps = 2 if quick else cases.HEAL_STEPS
     got = {s: excess(name, s, 0.5, steps, quick) for s in ("svd", "random", "whitened-svd")}
     before = {s: excess(name, s, 0.5, 0, quick) for s in got}
     shown = _table(got, before)
-    met = got["svd"] <= 0.5 * got["random"]
-    return Measured(f"{got['svd'] / got['random']:.2f}x the excess; {shown}", None if quick else met, got)
+    lost = {s: max(e, 0.0) for s, e in got.items()}  # a start that ends below the dense model has no excess
+    ratio = lost["svd"] / max(lost["random"], 1e-9)
+    return Measured(f"{ratio:.2f}x the excess; {shown}", None if quick else ratio <= 0.5, {**got, "judged": ratio})
 
 
 def whitened_start(name: str, quick: bool) -> Measured:
-    steps = 3 if quick else cases.HEAL_STEPS
+    steps = 2 if quick else cases.HEAL_STEPS
     got = {s: excess(name, s, 0.5, steps, quick) for s in ("svd", "whitened-svd")}
     before = {s: excess(name, s, 0.5, 0, quick) for s in got}
     return Measured(_table(got, before), None if quick else got["whitened-svd"] <= got["svd"], got)
@@ -394,8 +403,7 @@ CLAIMS = [
         lambda quick: memory_at("linformer", 2048, 0.5, quick),
     ),
     Claim(
-        "memory of LRT and Linformer crosses near 512 tokens", "512", "256 to 2,048", memory_crossing,
-        lambda quick: memory_crossing(quick, open_maps=False),
+        "memory of LRT and Linformer crosses near 512 tokens", "512", "256 to 2,048", memory_crossing, fused_memory
     ),
     Claim(
         "LRT suits devices: a smaller file, Linformer's is no smaller", "much smaller; not smaller",
@@ -407,8 +415,9 @@ CLAIMS = [
     ),
     Claim(
         "low-rank by design keeps the accuracy, spoken digits of unheard speakers",
-        "> 50 % fewer weights, small change (AiShell)", "≥ dense − 2.0 points, ≥ 2x fewer weights", lambda quick: short_quality("spoken", 6, 2.0, quick),
-        lambda quick: too_thin("spoken", 2.0, quick), spoken.FILES,
+        "> 50 % fewer weights, small change (AiShell)", "≥ dense − 2.0 points, ≥ 2x fewer weights",
+        lambda quick: short_quality("spoken", 6, 2.0, quick), lambda quick: too_thin("spoken", 2.0, quick),
+        spoken.FILES,
     ),
     Claim(
         "Linformer keeps the accuracy on 784 tokens (MNIST by pixels)", "", "≥ dense − 2.0 points, steps ≥ 1.5x as fast",
