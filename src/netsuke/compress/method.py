@@ -59,9 +59,10 @@ def registry() -> dict[str, type[Method]]:
     from netsuke.compress.modegpt import MoDeGPT
     from netsuke.compress.quantize import Quantize
     from netsuke.compress.sparsify import Sparsify
+    from netsuke.train.mobilequant import MobileQuant
     from netsuke.train.zeroqat import ZeroQAT
 
-    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Sparsify, ZeroQAT)}
+    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Sparsify, ZeroQAT, MobileQuant)}
 
 
 def from_json(value: dict[str, Any]) -> Method:
