@@ -7,6 +7,9 @@ shows is that a device learns the hands it was shown and knows them again under 
 know another photograph of them, of which there is none here, nor signs it has not been shown: training on five of a pupil's
 signs and testing the other five is measured beside it.
 
+The floor is the nearest practised shot, without any training: by the last features of the network it is above what practice
+reaches (99.6 % against 98.3 %), at the price of a kept feature vector per shot. The claim is published as not met.
+
 The network first learns from other pupils, from photographs and practice-like shots of them, with the chip's kernels. The
 ranges were fixed before any gain was seen, the rate was chosen on the validation pupils; all test pupils with ten signs are
 measured, none is picked.
