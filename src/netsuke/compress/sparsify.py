@@ -13,8 +13,9 @@ Where paper and released code disagree: the code drops the column norm from the 
 rank takes the width of the model for both sides of a map; here they are the map's own.
 
 Use it where decoding one sequence waits for memory: the engine gathers the chosen rows, from quantized weights as well (quantize
-first). It gains nothing for prompts, and little from a batch of four on, whose choices unite. Not for models that are
-small and full: stories260K loses a quarter of its perplexity at s = 0.4, where one with slack hardly notices.
+first). It gains nothing for prompts and little for batches, whose choices unite: at s = 0.5 two sequences of a 6.8 M model read
+74 % of the channels together, four 92 %, eight 98 %. The fuller a model, the more it costs: at s = 0.5 the perplexity of
+pycode grows by a fifth, that of stories260K doubles.
 """
 
 from __future__ import annotations

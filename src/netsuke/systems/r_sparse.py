@@ -71,6 +71,7 @@ from netsuke.systems.r_sparse_cases import (
 )
 
 HARM = 0.4  # the sparsity at which rivals are compared: half of wide's traffic is out of reach of output-sided skipping
+CURVE = (0.2, 0.3, 0.4, 0.5, 0.6)
 THREADS = min(2, os.cpu_count() or 1)
 
 
@@ -99,7 +100,7 @@ def on(names: tuple[str, ...], measure: Callable[..., Measured], *args, **kwargs
 
 
 def perplexity(names: list[str], sparsity: float, how: str, bar: float, quick: bool) -> Measured:
-    """The first model is judged."""
+    """The first model is judged; beside a searched recipe stands its curve at ρ = 1."""
     parts, values = [], {}
     for name in names:
         got, saved = ratio(name, sparsity, how, quick), total(scored(name, sparsity, how, quick)[1]).sparsity
@@ -108,6 +109,11 @@ def perplexity(names: list[str], sparsity: float, how: str, bar: float, quick: b
         parts.append(
             f"{name} x {got:.3f} (dense {dense_score(name, 'test', quick):.2f}, {saved:.1%} of the weights unread; scored as "
             f"released, a tenth sparse: x {published:.3f})"
+        )
+    values["curve"] = {s: ratio(names[0], s, "1", quick) for s in CURVE if how == "searched"}
+    if values["curve"]:
+        parts.append(
+            "ρ=1 on " + names[0] + ": " + ", ".join(f"{s:g} x {got:.3f}" for s, got in values["curve"].items())
         )
     return Measured("; ".join(parts), values[names[0]]["ratio"] <= bar, values)
 
