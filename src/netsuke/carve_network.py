@@ -23,6 +23,7 @@ from netsuke.allocate import Allocation, Option, allocate
 from netsuke.devices import Budget, Device, format_bytes, format_seconds
 from netsuke.errors import NetsukeError
 from netsuke.graph.ir import QGraph
+from netsuke.graph.ops.conv import LINEAR
 from netsuke.graph.slim import Seam, observe, seams, slim
 from netsuke.network_plan import NetworkCost, network_cost
 
@@ -400,7 +401,7 @@ def parts_of(graph: QGraph, found: dict[str, Seam]) -> dict[str, tuple[tuple[str
     owner = {k: name for name, seam in found.items() for k in (seam.writer, *seam.between, seam.reader)}
     out: dict[str, tuple[tuple[str, ...], Seam | None]] = {name: ((), seam) for name, seam in found.items()}
     for k, op in enumerate(graph.ops):
-        if op.kind in ("conv2d", "depthwise2d", "dense"):
+        if op.kind in LINEAR:
             name = owner.get(k, op.name or f"op{k}")
             weights, seam = out.get(name, ((), None))
             out[name] = ((*weights, graph.tensors[op.inputs[1]].name), seam)
