@@ -1,50 +1,33 @@
-"""The mixture that the test models are trained on: five domains (src/netsuke/data/domains.py), windows drawn by share.
-
-Small domains are seen three to five times while a 6 M model trains, the library less than once: the shares are a
-compromise between balance, which telling skills apart needs, and repetition.
-"""
+"""The mixture that the test models are trained on: the five domains under their tokenizer (src/netsuke/tasks/domains.py)."""
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
-from netsuke.data.domains import DOMAINS, documents
+from netsuke.data.domains import documents
+from netsuke.models.tokenizer import HFTokenizer
+from netsuke.tasks.domains import SHARE, DomainModeling
 
-SHARE = {"coding": 0.3, "math": 0.22, "knowledge": 0.2, "writing": 0.18, "translation": 0.1}
+__all__ = ["SHARE", "TOKENIZER", "batch_at", "bytes_per_token", "held_out", "stream"]
 TOKENIZER = Path(__file__).parent / "tokenizer.json"
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(TOKENIZER))
+def mixture() -> DomainModeling:
+    return DomainModeling(HFTokenizer(TOKENIZER.read_bytes(), bos=0, eos=(0,)))
 
 
-@cache
 def stream(domain: str, split: str) -> torch.Tensor:
-    """All documents of a domain's split in a fixed shuffled order as one row of ids, each opened by <|text|> (id 0)."""
-    texts = list(documents(domain, split))
-    random.Random(0).shuffle(texts)
-    ids: list[int] = []
-    for coded in tokenizer().encode_batch(texts):
-        ids.append(0)
-        ids.extend(coded.ids)
-    return torch.tensor(ids, dtype=torch.long)
+    """All documents of a domain's split in a fixed shuffled order as one row of ids."""
+    return mixture().stream(domain, split)
 
 
 def batch_at(step: int, batch: int, context: int, seed: int = 0) -> torch.Tensor:
-    """Windows (batch, context + 1) of the train splits, drawn with the step as seed: a resumed run sees the same ones."""
-    rng = random.Random(f"{seed}/{step}")
-    rows = []
-    for domain in rng.choices(DOMAINS, [SHARE[d] for d in DOMAINS], k=batch):
-        ids = stream(domain, "train")
-        start = rng.randrange(len(ids) - context)
-        rows.append(ids[start : start + context + 1])
-    return torch.stack(rows)
+    """Windows (batch, context + 1) of the train splits, drawn with the step as seed."""
+    return mixture().batch_at(step, batch, context, seed)
 
 
 def held_out(domain: str, context: int, rows: int, split: str = "validation") -> torch.Tensor:
