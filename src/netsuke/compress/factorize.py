@@ -10,8 +10,8 @@ multiply-accumulates per token fall from O·I to r(O + I), so a rank pays only b
     random          factors drawn anew: a model built this way must be trained from scratch. The published library's
                     default, which destroys a trained model without a word; here it must be asked for
 
-Non-negative factors, which the library offers too, are left out: trained weights have both signs, and scikit-learn has no
-semi-non-negative factorization.
+Any torch.nn.Module is treated, convolutions included (plain.py); what cannot be is listed. Non-negative factors, which the
+library offers too, are left out: trained weights have both signs, and scikit-learn has no semi-non-negative factorization.
 
 On tight models no SVD is usable by itself (stories260K, 20 % of the blocks removed: perplexity x 68 plain, x 11 whitened):
 ask for `finetune` steps, or prefer modegpt, which cuts pairs of matrices and needs no training. Where it shines: wide matrices
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from netsuke.compress import decompose
 from netsuke.compress.method import Method
+from netsuke.compress.plain import Plain
 from netsuke.compress.statistics import collect
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
@@ -146,9 +147,10 @@ class Factorize(Method):
         return [n for n in chosen if not _matches(n, self.exclude)]
 
     def accepts(self, model: nn.Module) -> str | None:
-        if not hasattr(model, "linears") or not hasattr(model, "replace"):
-            return f"{type(model).__name__} has no named linear maps; convert it to a family of netsuke first"
+        model = family_of(model)
         linears = model.linears()
+        if not linears:
+            return "there is no linear map in it" + "".join(f"; {n or 'it'}: {why}" for n, why in model.skipped.items())
         for knob, patterns in (("only", self.only), ("exclude", self.exclude), ("per_layer", tuple(self.per_layer))):
             for pattern in patterns:
                 if not fnmatch.filter(linears, pattern):
@@ -178,17 +180,22 @@ class Factorize(Method):
         work = self.checked(model, task)
         if self.is_identity:
             return work
+        family = family_of(work)
         for name, layer in self.factors(work, task)[1].items():
-            work.replace(name, layer)
+            family.replace(name, layer)
         return fine_tune(work, task, self.finetune) if self.finetune else work.requires_grad_(False)
 
     @torch.no_grad()
     def factors(self, model: nn.Module, task: Task | None) -> tuple[list[Row], dict[str, LowRank]]:
         """The table and the new maps by name, for a model that `accepts` has passed."""
+        model = family_of(model)
         linears, rows, new = model.linears(), [], {}
         grams: dict[str, Gram] = {}
         if self.solver == "whitened-svd" and self.needs_data:
-            grams = collect(model, task, self.calibration).grams
+            plain = isinstance(model, Plain)
+            grams = model.grams(task, self.calibration) if plain else collect(model, task, self.calibration).grams
+        if isinstance(model, Plain):
+            rows += [Row(name, 0, 0, 0.0, None, 0.0, 0, 0, why) for name, why in model.skipped.items()]
         roots: dict[int, tuple[Tensor, Tensor]] = {}  # maps that share their inputs share the two roots
         for name in self.treated(model):
             old = linears[name]
@@ -249,6 +256,11 @@ class Factorize(Method):
     def spectral(self) -> str:
         """The solver, or the plain SVD where it is the random one, which knows no energy."""
         return "svd" if self.solver == "random" else self.solver
+
+
+def family_of(model: nn.Module) -> nn.Module | Plain:
+    """A netsuke family as it is, any other module as its named linear maps."""
+    return model if hasattr(model, "linears") and hasattr(model, "replace") else Plain(model)
 
 
 def check_wanted(asked: str, knob: str, value: object) -> None:

@@ -7,6 +7,7 @@ low-rank transformer", ICASSP 2020. Linformer: arXiv 2006.04768, 2020.
 What the thesis and its library give and where it is here
     every linear map as two thin ones; ranks as numbers or shares of the break-even rank; what does not pay is left and
     listed; random, SVD and (ours) whitened SVD starts; fine-tuning                          compress/factorize.py
+    the same in any torch.nn.Module, convolutions as k x k and 1 x 1                         compress/plain.py
     exact and randomised SVD, balanced factors                                               compress/decompose.py
     the low-rank map itself, also in the native engine                                       layers/lowrank.py
     an encoder with full or Linformer attention                                              models/encoder.py
@@ -16,8 +17,9 @@ What the thesis and its library give and where it is here
 
 Where the library and good sense differ: its default start is `random`, which destroys a trained model without a word (here it
 must be asked for); an unknown solver silently keeps random factors (refused); it edits in place (a copy here); its break-even
-rank of k x k convolutions ignores k² (convolutions are not treated here); its non-negative factors are left out. It pins
-packages of 2021 and cannot be installed beside a current PyTorch, so its semantics are tested against formulas.
+rank of k x k convolutions ignores k² (counted here); maps inside nn.MultiheadAttention are passed over in silence (listed here);
+its non-negative factors are left out. It pins packages of 2021 and cannot be installed beside a current PyTorch, so its
+semantics are tested against formulas.
 
 What differs, and why
     Attention maps stand in the open in 2021's analysis, and a training step keeps them. PyTorch's fused kernel keeps none: then
