@@ -199,6 +199,11 @@ def batch_at(rows: Tensor, step: int, knobs: ZeroQAT) -> Tensor:
     return chosen[:, start : start + rows.shape[1] - spare]
 
 
+def token_grids(blocks: int, bits: int) -> dict[str, TokenGrid]:
+    """A grid at every site of every block whose numbers enter a product."""
+    return {f"blocks.{i}.{site}": TokenGrid(bits) for i in range(blocks) for site in ROUNDED}
+
+
 @torch.no_grad()
 def prepare(model: Llama, task: Task, knobs: ZeroQAT) -> Llama:
     """The warm start: a copy of `model` whose blocks hold MasterLinear maps, or (trainable="qv") packed ones besides."""
@@ -210,7 +215,7 @@ def prepare(model: Llama, task: Task, knobs: ZeroQAT) -> Llama:
     scales: list[dict[str, Tensor]] = [{} for _ in work.blocks]
     if knobs.a < 16:
         scales = starting_scales(work, batches, knobs.alpha)
-        work.stand({f"blocks.{i}.{s}": TokenGrid(knobs.a) for i in range(len(work.blocks)) for s in ROUNDED})
+        work.stand(token_grids(len(work.blocks), knobs.a))
 
     def use(block: Block, maps: Quantized) -> None:
         for leaf, (weight, clip) in maps.items():
@@ -251,13 +256,13 @@ def held_out(model: Llama, task: Task, knobs: ZeroQAT) -> float:
 @torch.no_grad()
 def fit(
     model: Llama, task: Task, knobs: ZeroQAT, checkpoint: Path | None = None,
-    on_evaluation: Callable[[int, float], None] | None = None,
+    on_evaluation: Callable[[int, float], None] | None = None, estimate: Callable = slopes,
 ) -> Run:  # fmt: skip
     """Zeroth-order steps on a prepared model, in place. `Run.best` holds the packed maps of the least validation loss, the warm
     start's among them: the result is never worse than it on that text.
 
     With `checkpoint`, every evaluation writes (step, masters, best) and a run begins where the file ends; its seed must be
-    the same. Stops early, with a warning, when a loss is not finite or the validation loss rises five times running.
+    the same. `estimate` finds the slopes of a step; controls pass one that is wrong. Stops early, with a warning, when a loss is not finite or the validation loss rises five times running.
     Raises NetsukeError when eps is too small to change any loss, and for a checkpoint of other settings.
     """
     masters, rows = masters_of(model), train_rows(task, knobs)
@@ -287,7 +292,7 @@ def fit(
                 return in_micro_batches(lambda part: task.loss(model, part), batch, knobs.micro)
 
         try:
-            found, _ = slopes(loss, step, steps)
+            found, _ = estimate(loss, step, steps)
         except FloatingPointError as e:
             run.stopped = f"{e}; the best model so far is kept"
             break
