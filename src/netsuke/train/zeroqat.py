@@ -262,7 +262,8 @@ def fit(
     start's among them: the result is never worse than it on that text.
 
     With `checkpoint`, every evaluation writes (step, masters, best) and a run begins where the file ends; its seed must be
-    the same. `estimate` finds the slopes of a step; controls pass one that is wrong. Stops early, with a warning, when a loss is not finite or the validation loss rises five times running.
+    the same. `estimate` finds the slopes of a step; controls pass one that is wrong. Stops early, with a warning, when a loss
+    is not finite or the validation loss rises five times running.
     Raises NetsukeError when eps is too small to change any loss, and for a checkpoint of other settings.
     """
     masters, rows = masters_of(model), train_rows(task, knobs)
