@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from netsuke.compress.sparse_recipe import SearchKnobs, child_of, divergence, ev
 from netsuke.compress.sparsify import Sparsify
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
+from netsuke.models.llama import BlockShape, random_llama
 from netsuke.models.load import load
 from netsuke.models.save import save_artifact
 from tests.tiny import same_state, tiny_llama, tiny_task
@@ -198,6 +200,17 @@ def test_divergence_is_that_of_the_definition():
     want = float((p * (p / q).log()).sum(-1).mean())
     assert divergence(logits.log_softmax(-1), other) == pytest.approx(want, rel=1e-5) and want > 0
     assert divergence(logits.log_softmax(-1), logits) == pytest.approx(0, abs=1e-7)
+
+
+def test_experts_stay_dense_and_attention_beside_them_is_treated(task):
+    blocks = (BlockShape(80, 12, experts=3, active=2), BlockShape(80, 12))
+    plain = tiny_llama()
+    mixed = random_llama(msgspec.structs.replace(plain.cfg, blocks=blocks), 0, std=0.2)
+    model = Sparsify(0.5, **TINY).apply(mixed, task)
+    assert {n for n in sparse_maps(model) if n.startswith("blocks.0")} == {f"blocks.0.{n}" for n in "qkvo"}
+    with decoding(model):
+        task.score(model, "train", 2)
+    assert total(traffic(model)).sparsity == pytest.approx(0.5, abs=0.02)
 
 
 def test_narrow_maps_are_left_with_a_note(task):

@@ -8,7 +8,6 @@ its second token on: no dense prompt but the first token, which has nothing befo
 from __future__ import annotations
 
 import copy
-import random
 from functools import cache
 
 import torch
@@ -18,37 +17,30 @@ from netsuke.compress.quantize import Quantize, calibration_windows
 from netsuke.compress.sparse_channels import MapTraffic, block_maps, decoding, make_sparse, traffic
 from netsuke.compress.sparse_recipe import Found
 from netsuke.compress.sparsify import Sparsify
-from netsuke.data.domains import DOMAINS, documents
+from netsuke.data.domains import DOMAINS
 from netsuke.measure.activations import QuantileSketch, SquareSum, tapped
 from netsuke.models.llama import Llama
 from netsuke.models.load import load
+from netsuke.models.tokenizer import Tokenizer
 from netsuke.systems.modegpt_cases import STORIES, Case, Rows
 from netsuke.systems.modegpt_cases import case_of as stories_case
 from netsuke.tasks.base import run_calibration
+from netsuke.tasks.domains import DomainModeling
 
 WIDE, SMALL = "wide", "small"
 CONTEXT = 256
+BYTES = 6  # of text for a token, more than any domain takes
 WINDOWS = {"train": 20, "validation": 8, "test": 16}  # per domain
 QUICK_WINDOWS = {"train": 3, "validation": 1, "test": 2}
 PAPER_TOKENS = 512  # of calibration text in the released code
 RELEASED_SHARE = 0.1  # of a sequence is sparse by default in the released code's evaluation
 
 
-def mixture(tokenizer, split: str, windows: int) -> list[Tensor]:
-    """Windows (CONTEXT + 1) of every domain's documents in a fixed shuffled order, dealt so that every batch holds as many of
-    each domain."""
-    rows = []
-    for domain in DOMAINS:
-        texts = list(documents(domain, split))
-        random.Random(0).shuffle(texts)
-        ids: list[int] = []
-        for text in texts:
-            ids += tokenizer.encode(text, bos=True)
-            if len(ids) > windows * CONTEXT:
-                break
-        count = min(windows, (len(ids) - 1) // CONTEXT)
-        rows.append([torch.tensor(ids[i * CONTEXT : (i + 1) * CONTEXT + 1]) for i in range(count)])
-    turns = [torch.stack(turn) for turn in zip(*rows)]
+def mixture(tokenizer: Tokenizer, split: str, windows: int) -> list[Tensor]:
+    """The first windows (CONTEXT + 1) of every domain, in batches that hold two of each."""
+    task = DomainModeling(tokenizer, CONTEXT, scored_bytes=windows * CONTEXT * BYTES)
+    whole = [[r for r in task.scored(d, split)[0] if len(r) == CONTEXT + 1][:windows] for d in task.share]
+    turns = [torch.stack(turn) for turn in zip(*whole)]
     return [torch.cat(turns[i : i + 2]) for i in range(0, len(turns), 2)]
 
 
