@@ -57,7 +57,7 @@ def test_learning_beats_rounding(how, task):
     model = tiny_llama()
     knobs = {"scheme": "w4a8", "calibration": 16, "batch": 4}
     rough = drift(model, MobileQuant(learn="off", smooth=None, **knobs).apply(model, task), task)
-    method = MobileQuant(learn=how, epochs=6, lwc_rate=0.1, let_rate=0.01, **knobs)
+    method = MobileQuant(learn=how, epochs=6, lwc_rate=0.1, let_rate=0.01, lrl_rate=1e-3, **knobs)
     assert drift(model, method.apply(model, task), task) < 0.9 * rough
 
 
