@@ -110,6 +110,13 @@ def perplexity(names: list[str], sparsity: float, how: str, bar: float, quick: b
             f"{name} x {got:.3f} (dense {dense_score(name, 'test', quick):.2f}, {saved:.1%} of the weights unread; scored as "
             f"released, a tenth sparse: x {published:.3f})"
         )
+    if how == "1":
+        switched = {h: ratio(names[0], sparsity, h, quick) for h in ("released", "dense")}
+        values[names[0]] |= switched
+        parts.append(
+            f"as in the code, without norms x {switched['released']:.3f}, thresholds through the dense model "
+            f"x {switched['dense']:.3f} (not judged)"
+        )
     values["curve"] = {s: ratio(names[0], s, "1", quick) for s in CURVE if how == "searched"}
     if values["curve"]:
         parts.append(

@@ -71,13 +71,14 @@ def found(name: str, sparsity: float, quick: bool) -> Found:
 @cache
 @torch.no_grad()
 def sparse_model(name: str, sparsity: float, how: str, quick: bool) -> Llama:
-    """how: "searched", "released" (the code's score where ρ = 1), "paper" (thresholds from 512 tokens through the dense model),
-    "4 bits" (the quantized model, ρ = 1), or a number, ρ everywhere."""
+    """how: a number is ρ everywhere; "searched"; "released", the code's score where ρ = 1; "dense", thresholds through the dense
+    model; "paper", the same from 512 tokens; "4 bits", the quantized model with ρ = 1."""
     case = case_of(name, quick)
     if how == "searched":
         return method(name, sparsity, quick, per_layer=found(name, sparsity, quick).plan).apply(case.model, case.task)
-    if how == "released":
-        return method(name, sparsity, quick, score="released").apply(case.model, case.task)
+    if how in ("released", "dense"):
+        switch = {"released": {"score": "released"}, "dense": {"inputs": "dense"}}[how]
+        return method(name, sparsity, quick, **switch).apply(case.model, case.task)
     if how == "paper":
         model, knobs = copy.deepcopy(case.model), method(name, sparsity, quick)
         ids = torch.cat([i.flatten() for i in calibration_windows(case.task, case.calibration)])[None, :PAPER_TOKENS]
