@@ -143,11 +143,25 @@ def _scored_pieces(tok: ScoredTokenizer) -> Pieces:
     ids = {p: i for i, p in enumerate(content) if i >= tok.BYTES}  # a character's own piece wins over its byte
     parts = {}
     for i in range(first, tok.vocab):
-        p = content[i]
-        splits = [(ids[p[:k]], ids[p[k:]]) for k in range(1, len(p)) if {p[:k], p[k:]} <= ids.keys()]
-        if splits and len(p.decode("utf-8", "replace")) > 1:  # what merges first is scored best
-            parts[i] = max(splits, key=lambda ab: min(tok.scores[ab[0]], tok.scores[ab[1]]))
+        last = _last_merge(content[i], ids, tok.scores)
+        if last is not None:
+            parts[i] = last
     return Pieces(content, frozenset(range(first)), parts)
+
+
+def _last_merge(piece: bytes, ids: dict[bytes, int], scores: Sequence[float]) -> tuple[int, int] | None:
+    """The two pieces that are merged last when a piece's characters are merged by score, as the tokenizer does it; None for a
+    single character and for what never comes together."""
+    symbols = [c.encode() for c in piece.decode("utf-8", "replace")]
+    last = None
+    while len(symbols) > 1:
+        joined = [(scores[ids[a + b]], -k) for k, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in ids]
+        if not joined:
+            return None
+        k = -max(joined)[1]
+        last = symbols[k], symbols[k + 1]
+        symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
+    return (ids[last[0]], ids[last[1]]) if last and {*last} <= ids.keys() else None
 
 
 def _merged_pieces(data: dict[str, Any], size: int) -> Pieces:
