@@ -183,14 +183,14 @@ def test_fit_into_nothing_says_which_limit_binds(place, monkeypatch, capsys):
 
 
 def test_train_adapts_and_keeps_within_memory(place, monkeypatch, capsys):
-    x = images(300, seed=9)
-    logits = Interpreter(load_graph(place / "net.netsuke")).run(x)[0].astype(int)
-    np.savez(place / "two.npz", x=x, y=(logits[:, 2] > logits[:, 3]).astype(int))  # nothing the first two rows know
+    x, y = images(300, seed=9), np.arange(300) % 2
+    x[y == 1] = np.clip(x[y == 1].astype(int) + 50, -128, 127)  # every second one is brighter
+    np.savez(place / "two.npz", x=x, y=y)
     got = answer(
         monkeypatch, capsys, "train", place / "net.netsuke", "--data", place / "two.npz", "--sram", "64KB", "--epochs", 6,
         "--plan", place / "plan.json", "-o", place / "adapted",
     )  # fmt: skip
-    assert got["memory"]["total"] <= 64_000 and got["after"] > 0.75
+    assert got["memory"]["total"] <= 64_000 and got["after"] > got["floor"] + 0.15
     adapted, start = load_graph(place / "adapted.netsuke"), load_graph(place / "net.netsuke")
     changed = [
         t.name for t, s in zip(adapted.tensors, start.tensors) if t.constant and not np.array_equal(t.data, s.data)
