@@ -331,6 +331,8 @@ int ns_model_read(ns_model *m, ns_arena *arena, const json *doc, const ns_weight
   if (!json_is(json_get(doc, root, "format"), "netsuke") || !json_int(json_get(doc, root, "version"), 1, 1, &version) ||
       !json_is(json_get(doc, root, "family"), "llama"))
     return ns_fail(error, "a netsuke artifact of version 1, family llama", "the manifest says something else");
+  if ((n = json_get(doc, root, "sites")) && n->size)
+    return ns_fail(error, "activations in floats", "the artifact quantizes activations to static grids, which this engine does not");
   b->layers = json_get(doc, root, "layers");
   m->vocab = integer(b, config, "vocab", 1, 1 << 22, -1);
   m->width = integer(b, config, "width", 1, 1 << 17, -1);

@@ -35,12 +35,16 @@ def library(vectors: int | None = None) -> ctypes.CDLL:
 
     Raises NetsukeError when they were not built.
     """
-    plain = _load(VECTORS[0])
-    best = plain.ns_host_vectors() if vectors is None else vectors
-    return _load(VECTORS[best])
+    return load_library(VECTORS[best_vectors() if vectors is None else vectors])
 
 
-def _load(name: str) -> ctypes.CDLL:
+def best_vectors() -> int:
+    """Index into VECTORS of the best build for this processor. Raises NetsukeError when they were not built."""
+    return load_library(VECTORS[0]).ns_host_vectors()
+
+
+def load_library(name: str) -> ctypes.CDLL:
+    """A library of C that came with the package. Raises NetsukeError when it was not built."""
     folder = Path(sys.modules["netsuke"].__file__).parent
     for suffix in (".so", ".dylib", ".dll"):
         if (path := folder / f"{name}{suffix}").exists():

@@ -27,7 +27,7 @@ import numpy as np
 from netsuke.errors import NetsukeError
 from netsuke.layers.quantized import QuantLinear
 from netsuke.layers.static import StaticGrid
-from netsuke.models.llama import SITES, Block, Llama
+from netsuke.models.llama import SITES, Block, Llama, LlamaConfig
 from netsuke.runtime.integer_ops import Codes, Norm, Rescale, Softmax, centred, sigmoid_table, signed_multipliers
 
 ASKED = "run a model in integers"
@@ -45,7 +45,7 @@ class IntegerLinear:
 
     def __init__(self, layer: Any, name: str, x: StaticGrid, y: StaticGrid):
         w, scales = _symmetric(layer, name)
-        self.w, self.x = w, x
+        self.w, self.x, self.bits = w, x, layer.bits
         bias = None if layer.bias is None else layer.bias.double().numpy() / y.scale
         self.rescale = Rescale.of(x.scale * scales / y.scale, y, bias)
         # 8 by 8 bits stay inside int32 up to 131,072 inputs, 16 by 8 bits only up to 256
@@ -213,12 +213,7 @@ class IntegerModel:
         """
         cache = self.cache() if cache is None else cache
         start = cache["k"][0][0].shape[1] if cache["k"][0] else 0
-        ids = np.asarray(ids, np.int64)
-        if not ids.size or ids.min() < 0 or ids.max() >= self.cfg.vocab or start + len(ids) > self.cfg.context:
-            raise NetsukeError(
-                ASKED, f"{ids.size} tokens after {start}, up to {ids.max(initial=0)}",
-                f"tokens below {self.cfg.vocab}, {self.cfg.context} in all",
-            )  # fmt: skip
+        ids = check_tokens(ids, self.cfg, start)
         rows = self.table[ids].astype(np.int32) - self.table_zeros[ids, None]
         entry = Rescale(self.entry.grid, self.entry.m[ids, None], self.entry.shift)
         x = at(0, "attn_stream", entry(rows))
@@ -239,6 +234,17 @@ class IntegerModel:
             token = int(self.forward(step, cache)[-1].argmax())
             yield token
             step = [token]
+
+
+def check_tokens(ids: Sequence[int], cfg: LlamaConfig, held: int) -> np.ndarray:
+    """The tokens as int64. Raises NetsukeError for none, for those outside the vocabulary and for too many."""
+    out = np.asarray(ids, np.int64)
+    if not out.size or out.min() < 0 or out.max() >= cfg.vocab or held + len(out) > cfg.context:
+        raise NetsukeError(
+            ASKED, f"{out.size} tokens after {held}, from {out.min(initial=0)} to {out.max(initial=0)}",
+            f"tokens below {cfg.vocab}, {cfg.context} in all",
+        )  # fmt: skip
+    return out
 
 
 def _per_row(layer: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

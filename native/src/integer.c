@@ -1,0 +1,271 @@
+/* A statically quantized decoder in integers only: what runtime/integer.py computes, bit for bit, as plain C for any processor.
+ *
+ * No float occurs in this file. Codes are int8 and int16 (kept as int16 between operators), sums int32, rescaled sums int64.
+ * Constants come from runtime/integer_native.py. One row of weights is used for all tokens of a call before the next is read. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+typedef struct { /* q = ((total * m + bias) >> shift) + zero, clipped; bias holds the half */
+  int64_t bias;
+  int32_t m, second, shift, zero, low, high; /* second: multiplier of the second term of a sum */
+} nsi_scale;
+
+typedef struct {
+  const uint8_t *w;    /* (outs, ins) int8, or (outs, (ins + 1) / 2) pairs of codes below 16, the first in the low half */
+  const int32_t *m;    /* outs */
+  const int64_t *bias; /* outs: bias, half, and what the zero points of both sides add */
+  int32_t outs, ins, bits, shift, zero, low, high, unused;
+} nsi_linear;
+
+typedef struct {
+  const int32_t *m;
+  int64_t eps;
+  int32_t shift, spare, zero, low, high, unused;
+} nsi_norm;
+
+typedef struct {
+  const int64_t *cosine, *sine; /* (tables, context, pairs), times the multiplier of the rescaling */
+  nsi_scale scale;              /* m unused */
+} nsi_turn;
+
+typedef struct {
+  nsi_linear q, k, v, o, gate, up, down;
+  nsi_norm attn_norm, mlp_norm;
+  nsi_turn q_turn, k_turn;
+  nsi_scale score, mix, gated, middle, joint; /* middle, joint: sums of two grids */
+  const int64_t *coarse, *fine;               /* 257 and 256 entries of 2^-31 */
+  const int16_t *silu;                        /* code of silu for every code of gate, from -128 on */
+  int64_t steps;
+  int32_t tables, pairs, value_dim, hidden;
+  int32_t prob_zero, prob_low, prob_high, q_zero, k_zero, v_zero, q_rot_zero, k_rot_zero, heads_zero;
+  int32_t stream_zero, o_zero, middle_zero, down_zero, silu_zero, up_zero, unused;
+} nsi_block;
+
+typedef struct {
+  const nsi_block *blocks;
+  const uint8_t *table, *head;           /* (vocab, width) codes */
+  const uint8_t *table_zeros, *head_zeros; /* vocab */
+  const int32_t *entry;                  /* multipliers of the table's rows */
+  const int64_t *head_m;
+  nsi_scale entered, left;               /* left: the stream behind the last block, in int32 */
+  nsi_norm norm;
+  int32_t count, width, vocab, context, heads, kv_heads, window, head_shift, widest, unused;
+} nsi_model;
+
+static int32_t clip(int64_t x, int32_t low, int32_t high) { return x < low ? low : x > high ? high : (int32_t)x; }
+
+static int32_t scaled(const nsi_scale *s, int64_t total) {
+  return clip(((total * s->m + s->bias) >> s->shift) + s->zero, s->low, s->high);
+}
+
+static int32_t summed(const nsi_scale *s, int64_t a, int64_t b) {
+  return clip(((a * s->m + b * s->second + s->bias) >> s->shift) + s->zero, s->low, s->high);
+}
+
+/* sum of x (0 … 255) times w (-128 … 127) */
+static int32_t dot(const uint8_t *restrict x, const int8_t *restrict w, int n) {
+  int i = 0;
+  int32_t sum = 0;
+#ifdef __AVX512VNNI__
+  __m512i a = _mm512_setzero_si512(), b = a;
+  for (; i + 128 <= n; i += 128) {
+    a = _mm512_dpbusd_epi32(a, _mm512_loadu_si512(x + i), _mm512_loadu_si512(w + i));
+    b = _mm512_dpbusd_epi32(b, _mm512_loadu_si512(x + i + 64), _mm512_loadu_si512(w + i + 64));
+  }
+  for (; i < n; i += 64) {
+    __mmask64 rest = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+    a = _mm512_dpbusd_epi32(a, _mm512_maskz_loadu_epi8(rest, x + i), _mm512_maskz_loadu_epi8(rest, w + i));
+  }
+  sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+#else
+  for (; i < n; i++) sum += x[i] * w[i];
+#endif
+  return sum;
+}
+
+/* Four bits to int8 -8 … 7. */
+static const int8_t *unpacked(const uint8_t *restrict packed, int8_t *restrict row, int n) {
+  int i = 0;
+#ifdef __AVX512VNNI__
+  const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+  for (; i + 64 <= n; i += 64) {
+    __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(packed + i / 2)));
+    __m512i codes = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), low);
+    _mm512_storeu_si512(row + i, _mm512_sub_epi8(codes, eight));
+  }
+#endif
+  for (; i < n; i++) row[i] = (int8_t)((packed[i / 2] >> (i % 2 * 4) & 15) - 8);
+  return row;
+}
+
+/* y (T, ystride) of x (T, ins), codes; `bytes` room for x as unsigned, `row` for one row of weights */
+static void linear(const nsi_linear *l, const int16_t *x, int16_t *y, int T, uint8_t *bytes, int8_t *row) {
+  for (int64_t i = 0; i < (int64_t)T * l->ins; i++) bytes[i] = (uint8_t)(x[i] + 128);
+  size_t width = l->bits == 8 ? (size_t)l->ins : ((size_t)l->ins + 1) / 2;
+  for (int o = 0; o < l->outs; o++) {
+    const uint8_t *stored = l->w + (size_t)o * width;
+    const int8_t *w = l->bits == 8 ? (const int8_t *)stored : unpacked(stored, row, l->ins);
+    for (int t = 0; t < T; t++) {
+      int64_t total = (int64_t)dot(bytes + (size_t)t * l->ins, w, l->ins) * l->m[o] + l->bias[o];
+      y[(size_t)t * l->outs + o] = (int16_t)clip((total >> l->shift) + l->zero, l->low, l->high);
+    }
+  }
+}
+
+static int64_t root(int64_t n) { /* floor of the square root, n >= 1 */
+  int64_t r = (int64_t)1 << 31, better;
+  while ((better = (r + n / r) >> 1) < r) r = better;
+  return r;
+}
+
+static void norm(const nsi_norm *l, const int32_t *x, int32_t *y, int C) {
+  int64_t total = l->eps;
+  for (int i = 0; i < C; i++) total += (int64_t)x[i] * x[i];
+  if (total < 1) total = 1;
+  int k = (62 - (64 - __builtin_clzll((uint64_t)total))) >> 1;
+  int64_t inverse = ((int64_t)1 << 62) / root(total << (2 * k));
+  int shift = clip(l->shift + 62 - k - l->spare, 1, 62);
+  int64_t half = (int64_t)1 << (shift - 1), part = (int64_t)1 << (l->spare - 1);
+  for (int i = 0; i < C; i++) {
+    int64_t u = (x[i] * inverse + part) >> l->spare;
+    y[i] = clip(((u * l->m[i] + half) >> shift) + l->zero, l->low, l->high);
+  }
+}
+
+static void norm_rows(const nsi_norm *l, const int16_t *x, int zero, int16_t *y, int32_t *in, int32_t *out, int T, int C) {
+  for (int t = 0; t < T; t++) {
+    for (int i = 0; i < C; i++) in[i] = x[(size_t)t * C + i] - zero;
+    norm(l, in, out, C);
+    for (int i = 0; i < C; i++) y[(size_t)t * C + i] = (int16_t)out[i];
+  }
+}
+
+/* one head of one token: codes of 2R dimensions, turned in place */
+static void turn(const nsi_turn *l, int16_t *x, int table, int position, int context, int R, int zero) {
+  const int64_t *c = l->cosine + ((size_t)table * context + position) * R, *s = l->sine + ((size_t)table * context + position) * R;
+  const nsi_scale *r = &l->scale;
+  for (int i = 0; i < R; i++) {
+    int64_t a = x[i] - zero, b = x[i + R] - zero;
+    x[i] = (int16_t)clip(((a * c[i] - b * s[i] + r->bias) >> r->shift) + r->zero, r->low, r->high);
+    x[i + R] = (int16_t)clip(((b * c[i] + a * s[i] + r->bias) >> r->shift) + r->zero, r->low, r->high);
+  }
+}
+
+/* Attention of one head of one token over keys first … last. */
+static void attend(const nsi_block *b, const int16_t *q, const int8_t *keys, const int8_t *values, int16_t *out, int first, int last,
+                   int16_t *scores, int64_t *weights, int32_t *sums) {
+  int width = 2 * b->pairs, D = b->value_dim, top = -32768;
+  for (int s = first; s <= last; s++) {
+    const int8_t *key = keys + (size_t)s * width;
+    int32_t sum = 0;
+    for (int i = 0; i < width; i++) sum += (q[i] - b->q_rot_zero) * (key[i] - b->k_rot_zero);
+    scores[s] = (int16_t)scaled(&b->score, sum);
+    top = scores[s] > top ? scores[s] : top;
+  }
+  int64_t total = 0;
+  for (int s = first; s <= last; s++) {
+    int d = top - scores[s];
+    weights[s] = (b->coarse[d >> 8] * b->fine[d & 255]) >> 31;
+    total += weights[s];
+  }
+  memset(sums, 0, sizeof *sums * (size_t)D);
+  for (int s = first; s <= last; s++) {
+    int32_t p = clip((2 * weights[s] * b->steps + total) / (2 * total) + b->prob_zero, b->prob_low, b->prob_high) - b->prob_zero;
+    const int8_t *value = values + (size_t)s * D;
+    for (int i = 0; i < D; i++) sums[i] += p * (value[i] - b->v_zero);
+  }
+  for (int i = 0; i < D; i++) out[i] = (int16_t)scaled(&b->mix, sums[i]);
+}
+
+static uint64_t taken(uint8_t **at, uint64_t count, uint64_t size) { /* the place in *at, which moves on */
+  uint64_t here = (uint64_t)(uintptr_t)*at;
+  *at += (count * size + 63) / 64 * 64;
+  return here;
+}
+
+/* ids (T) after `start` tokens that the cache holds -> logits (rows, vocab), rows 1 (the last token) or T. `cache`: of every block
+ * keys (kv_heads, context, 2R), then values (kv_heads, context, D). 0, or -1 without memory. */
+int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t *cache, int64_t *logits, int rows) {
+  int C = m->width, group = m->heads / m->kv_heads;
+  uint64_t wide = (uint64_t)m->widest * (uint64_t)T; /* widest: of all activations of a token */
+  uint8_t *memory = malloc(8 * (2 * wide + 64) + wide + 64 * 16 + (uint64_t)m->widest * 32 + (uint64_t)m->context * 16), *at = memory;
+  if (!memory) return -1;
+  int16_t *x = (void *)(uintptr_t)taken(&at, wide, 2), *n = (void *)(uintptr_t)taken(&at, wide, 2);
+  int16_t *q = (void *)(uintptr_t)taken(&at, wide, 2), *k = (void *)(uintptr_t)taken(&at, wide, 2);
+  int16_t *v = (void *)(uintptr_t)taken(&at, wide, 2), *y = (void *)(uintptr_t)taken(&at, wide, 2);
+  uint8_t *bytes = (void *)(uintptr_t)taken(&at, wide, 1);
+  int8_t *row = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 1);
+  int32_t *in = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 4), *out = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 4);
+  int32_t *sums = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 4);
+  int16_t *scores = (void *)(uintptr_t)taken(&at, (uint64_t)m->context, 2);
+  int64_t *weights = (void *)(uintptr_t)taken(&at, (uint64_t)m->context, 8);
+
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < C; i++) {
+      nsi_scale s = m->entered;
+      s.m = m->entry[ids[t]];
+      x[(size_t)t * C + i] = (int16_t)scaled(&s, m->table[(size_t)ids[t] * C + i] - m->table_zeros[ids[t]]);
+    }
+  for (int l = 0; l < m->count; l++) {
+    const nsi_block *b = &m->blocks[l];
+    int R = b->pairs, D = b->value_dim, F = b->hidden, H = m->heads, K = m->kv_heads;
+    int8_t *keys = cache, *values = cache + (size_t)K * m->context * 2 * R;
+    cache = values + (size_t)K * m->context * D;
+    norm_rows(&b->attn_norm, x, b->stream_zero, n, in, out, T, C);
+    linear(&b->q, n, q, T, bytes, row);
+    linear(&b->k, n, k, T, bytes, row);
+    linear(&b->v, n, v, T, bytes, row);
+    for (int t = 0; t < T; t++)
+      for (int h = 0; h < K; h++) {
+        int16_t *key = k + ((size_t)t * K + h) * 2 * R, *value = v + ((size_t)t * K + h) * D;
+        turn(&b->k_turn, key, b->tables > 1 ? h : 0, start + t, m->context, R, b->k_zero);
+        for (int i = 0; i < 2 * R; i++) keys[((size_t)h * m->context + start + t) * 2 * R + i] = (int8_t)key[i];
+        for (int i = 0; i < D; i++) values[((size_t)h * m->context + start + t) * D + i] = (int8_t)value[i];
+      }
+    for (int t = 0; t < T; t++)
+      for (int h = 0; h < H; h++) {
+        int16_t *query = q + ((size_t)t * H + h) * 2 * R;
+        int last = start + t, first = m->window && last >= m->window ? last - m->window + 1 : 0;
+        turn(&b->q_turn, query, b->tables > 1 ? h / group : 0, last, m->context, R, b->q_zero);
+        attend(b, query, keys + (size_t)(h / group) * m->context * 2 * R, values + (size_t)(h / group) * m->context * D,
+               n + ((size_t)t * H + h) * D, first, last, scores, weights, sums);
+      }
+    linear(&b->o, n, y, T, bytes, row);
+    for (int64_t i = 0; i < (int64_t)T * C; i++) x[i] = (int16_t)summed(&b->middle, x[i] - b->stream_zero, y[i] - b->o_zero);
+    norm_rows(&b->mlp_norm, x, b->middle_zero, n, in, out, T, C);
+    linear(&b->gate, n, q, T, bytes, row);
+    linear(&b->up, n, k, T, bytes, row);
+    for (int64_t i = 0; i < (int64_t)T * F; i++)
+      n[i] = (int16_t)scaled(&b->gated, (b->silu[q[i] + 128] - b->silu_zero) * (int64_t)(k[i] - b->up_zero));
+    linear(&b->down, n, y, T, bytes, row);
+    if (l + 1 < m->count)
+      for (int64_t i = 0; i < (int64_t)T * C; i++) x[i] = (int16_t)summed(&b->joint, x[i] - b->middle_zero, y[i] - b->down_zero);
+  }
+  const nsi_block *end = &m->blocks[m->count - 1];
+  for (int t = T - rows; t < T; t++) {
+    for (int i = 0; i < C; i++)
+      in[i] = summed(&m->left, x[(size_t)t * C + i] - end->middle_zero, y[(size_t)t * C + i] - end->down_zero);
+    norm(&m->norm, in, out, C);
+    int64_t all = 0, *line = logits + (size_t)(t - (T - rows)) * m->vocab;
+    for (int i = 0; i < C; i++) all += out[i];
+    for (int o = 0; o < m->vocab; o++) {
+      const uint8_t *w = m->head + (size_t)o * C;
+      int64_t sum = 0;
+      for (int i = 0; i < C; i++) sum += out[i] * w[i]; /* 22 by 8 bits */
+      line[o] = ((sum - all * m->head_zeros[o]) * m->head_m[o] + ((int64_t)1 << (m->head_shift - 1))) >> m->head_shift;
+    }
+  }
+  free(memory);
+  return 0;
+}
+
+/* Bytes of the structures, for a caller that lays them out itself. */
+int nsi_sizes(int32_t sizes[6]) {
+  const size_t all[6] = {sizeof(nsi_scale), sizeof(nsi_linear), sizeof(nsi_norm), sizeof(nsi_turn), sizeof(nsi_block), sizeof(nsi_model)};
+  for (int i = 0; i < 6; i++) sizes[i] = (int32_t)all[i];
+  return 6;
+}
