@@ -62,10 +62,8 @@ def job(folder: str, what: str, batch: int, micro: int, tokens: int) -> dict[str
     model = read_prepared(Path(folder), what != "inference")
     ids = torch.randint(model.cfg.vocab, (batch, tokens + 1), generator=torch.Generator().manual_seed(0))
     stored = model.bytes()
-    for tensor in (
-        *model.parameters(),
-        *model.buffers(),
-    ):  # out of the mapped file: pages that are used count as loaded
+    # out of the mapped file: pages that are used count as loaded
+    for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     watch = Watch()
     loaded = watch.idle - idle
