@@ -11,6 +11,8 @@ from netsuke.compress.method import parse
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
 from netsuke.layers.lowrank import LowRank
+from netsuke.models.encoder import EncoderConfig, random_encoder
+from netsuke.tasks.sequences import digits
 from tests.tiny import same_state, tiny_llama, tiny_task
 
 
@@ -170,3 +172,17 @@ def test_exact_at_a_rank_the_matrix_has():
     for solver in ("svd", "whitened-svd"):
         rows = Factorize(rank=5, solver=solver, only=("blocks.0.q",), calibration=4).plan(model, task)
         assert rows[0].rank == 5 and rows[0].error < 1e-3
+
+
+@pytest.mark.parametrize("attention", [{}, {"attention": "linformer", "project": 16}])
+def test_encoders_are_treated_like_decoders(attention):
+    cfg = EncoderConfig.uniform(2, 64, width=32, heads=4, context=64, features=1, classes=10, **attention)
+    model, task = random_encoder(cfg, 0, std=0.2), digits()
+    rows, after = (f(model, task) for f in (Factorize(rank=0.5, calibration=64).plan, Factorize(rank=0.5).apply))
+    assert [r.name for r in rows] == [f"blocks.{i}.{n}" for i in range(2) for n in ("q", "k", "v", "o", "fc1", "fc2")]
+    plain = Factorize(rank=0.5, solver="svd").apply(model)
+    batch = next(task.batches("validation"))
+    errors = [float((m(batch.x) - model(batch.x)).norm()) for m in (after, plain)]
+    assert errors[0] < errors[1]
+    untouched = [n for n, p in after.named_parameters() if "squeeze" in n or n in ("position", "embed.weight")]
+    assert all(torch.equal(after.get_parameter(n), model.get_parameter(n)) for n in untouched)
