@@ -32,6 +32,7 @@ SAMPLES = {
         {"rank": 0.5, "calibration": 8},
         {"rank": 6, "calibration": 8, "per_layer": {"blocks.1.o": 0.3}, "exclude": ["blocks.0.q"]},
     ],
+    "inherit": [{"calibration": 8, "multiple": 4}, {"keep": 0.6, "layers": 2, "score": "l2", "calibration": 8}],
     "sparsify": [
         {"sparsity": 0.4, "narrowest": 40, "calibration": 8},
         {"sparsity": 0.5, "rho": 0.7, "narrowest": 60, "score": "released", "per_layer": {"blocks.1.o": [0.3, 0.5]}},
@@ -43,7 +44,10 @@ SAMPLES = {
         {"scheme": "w4a8", "calibration": 8, "epochs": 1, "grouped": True},
     ],
 }
-LEARNS = {"mobilequant"}  # methods that say they train and do it by gradients, unless their knob `learn` is off
+LEARNS = {
+    "mobilequant",
+    "inherit",
+}  # methods that say they train and do it by gradients, unless their knob `learn` is off
 TAKES_CODES = {"sparsify"}  # methods that treat quantized maps: quantize first
 UNEVEN = (BlockShape(80, 12), BlockShape(53, 7, ((0, 2, 5), (1, 2, 3))))
 MODELS = {

@@ -56,13 +56,14 @@ class Method:
 def registry() -> dict[str, type[Method]]:
     """All methods by name: one row each. A row earns the contract tests of tests/compress/test_contract.py."""
     from netsuke.compress.factorize import Factorize
+    from netsuke.compress.inherit import Inherit
     from netsuke.compress.modegpt import MoDeGPT
     from netsuke.compress.quantize import Quantize
     from netsuke.compress.sparsify import Sparsify
     from netsuke.train.mobilequant import MobileQuant
     from netsuke.train.zeroqat import ZeroQAT
 
-    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Sparsify, ZeroQAT, MobileQuant)}
+    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Inherit, Sparsify, ZeroQAT, MobileQuant)}
 
 
 def from_json(value: dict[str, Any]) -> Method:

@@ -16,6 +16,7 @@ pieces alone. Use it before training a small model, and on a trained one whose t
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import struct
@@ -155,7 +156,7 @@ def _last_merge(piece: bytes, ids: dict[bytes, int], scores: Sequence[float]) ->
     symbols = [c.encode() for c in piece.decode("utf-8", "replace")]
     last = None
     while len(symbols) > 1:
-        joined = [(scores[ids[a + b]], -k) for k, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in ids]
+        joined = [(scores[ids[a + b]], -k) for k, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in ids]
         if not joined:
             return None
         k = -max(joined)[1]
