@@ -22,6 +22,7 @@ from netsuke.models.encoder import Encoder, EncoderBlock, EncoderConfig, random_
 from netsuke.models.llama import Llama
 from netsuke.models.load import load
 from netsuke.models.skeleton import skeleton
+from netsuke.runtime.allocator import LARGE_IN_TRAINING, return_freed_memory
 from netsuke.systems.modegpt_cases import STORIES, Rows, case_of, written_by
 from netsuke.systems.r_sparse_cases import WIDE, mixture
 from netsuke.tasks import sequences
@@ -98,6 +99,7 @@ def step_seconds(
 
 def train_twice(kind: str, n: int, open_maps: bool, small: bool) -> None:
     """Two steps with Adam's moments, for `peak_of`: the second holds weights, gradients and moments together."""
+    return_freed_memory(LARGE_IN_TRAINING)  # holes in the heap, 200 MB here, would hide what the methods differ in
     s, tokens = (SMALL, 512) if small else (BERT, PEAK_TOKENS)
     block = bert_block(kind, n, s, open_maps)
     x, weights = input_of(n, s.d, tokens), list(block.parameters())
