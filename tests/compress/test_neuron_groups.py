@@ -68,6 +68,15 @@ def test_all_groups_change_nothing_and_the_oracle_is_best(model, groups):
     assert same_state(model, tiny_llama())
 
 
+def test_both_ways_of_grouping_beat_chance(model, groups):
+    texts = [ids[:, :-1] for ids in tiny_task().batches("train")]
+    together = ng.partition(model, 8, texts)
+    assert [g.members.shape for g in together] == [(8, 10)] * 2
+    chance = [ng.random_groups(80, 8, i) for i in range(2)]
+    got = [harm(model, ng.gated(model, g, 0.5)) for g in (together, groups, chance)]
+    assert max(got[:2]) < 0.95 * got[2]
+
+
 def test_trained_routers_come_close_to_the_oracle(model, groups):
     state = torch.get_rng_state()
     texts = [ids[:, :-1] for ids in tiny_task().batches("train")]

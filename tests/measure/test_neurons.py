@@ -63,8 +63,14 @@ def test_means_and_indicators_are_those_of_the_forward_pass():
 def test_activity_counts_tokens():
     heard = Activity()
     heard.add(torch.tensor([[[3.0, -1.0, 0.1, 0.1], [0.0, 8.0, 1.0, 1.0]]]))
-    assert heard.share().tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert heard.share().tolist() == [0.5, 1.0, 0.0, 0.0]
     assert heard.low_share() == pytest.approx(5 / 8)
+
+
+def test_every_second_token_is_kept():
+    heard = neurons.TokenIndicators(torch.tensor([1.0, 2.0]), every=2)
+    heard.add(torch.tensor([[[3.0, -1.0], [0.0, 8.0], [-1.0, 1.0]]]))
+    assert heard.rows().tolist() == [[3.0, 2.0], [1.0, 2.0]]
 
 
 def test_masks_zero_what_they_should():

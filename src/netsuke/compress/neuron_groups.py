@@ -1,7 +1,8 @@
 """A feed-forward part as equal groups of neurons, of which a token runs a few.
 
-"MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (ACL Findings 2022), by parameter clustering: gate rows,
-each of length 1, go to E centres by k-means in which every centre takes F/E of them (an assignment problem, solved exactly, in
+"MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (ACL Findings 2022). Neurons that are alike go together:
+by parameters (gate rows) or by co-activation (a neuron's indicator on some thousand tokens; harms half as much, needs text).
+Rows of length 1 go to E centres by k-means in which every centre takes F/E of them (an assignment problem, solved exactly, in
 every round). Neurons move whole: row of gate, row of up, column of down. Weights stay; only what runs changes.
 
 Which groups run is decided per token by a score of each group:
@@ -16,7 +17,7 @@ at a time, which is where it saves: several tokens choose different groups, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 from netsuke.compress.bricks import check_plain
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
-from netsuke.measure.neurons import strength, weights_of
+from netsuke.measure.neurons import TokenIndicators, listen, strength, weights_of
 from netsuke.models.llama import Block, Llama
 
 ROUNDS = 20  # of k-means; the assignment rarely changes after ten
+EVERY = 4  # tokens of which one is looked at: neighbours are alike
 Router = Callable[[Tensor], Tensor]  # normed input (…, C) -> a score of every group (…, E)
 
 
@@ -90,10 +92,18 @@ def _spread(points: Tensor, count: int, seed: int) -> list[int]:
     return chosen
 
 
-def partition(model: Llama, count: int, seed: int = 0) -> list[Groups]:
-    """Groups of every block, by gate rows. Raises NetsukeError as `balanced_kmeans`, and for maps that are no dense ones."""
+@torch.no_grad()
+def partition(model: Llama, count: int, batches: Iterable[Tensor] | None = None, seed: int = 0) -> list[Groups]:
+    """Groups of every block: by co-activation on ids (B, T), or without text by gate rows.
+
+    Raises NetsukeError as `balanced_kmeans`, and for maps that are no dense ones.
+    """
     check_plain(model, "make groups of neurons")
-    return [balanced_kmeans(b.gate.to_dense(), count, seed) for b in model.blocks]
+    if batches is None:
+        return [balanced_kmeans(b.gate.to_dense(), count, seed) for b in model.blocks]
+    heard = [TokenIndicators(weights_of("output", b.down), EVERY) for b in model.blocks]
+    listen(model, heard, batches)
+    return [balanced_kmeans(h.rows().T, count, seed) for h in heard]
 
 
 def random_groups(total: int, count: int, seed: int = 0) -> Groups:

@@ -56,8 +56,23 @@ class InstanceMeans:
         return torch.cat(self.parts)
 
 
+class TokenIndicators:
+    """The indicator of every neuron on every `every`-th token."""
+
+    def __init__(self, norms: Tensor | None = None, every: int = 1):
+        self.norms, self.every = norms, every
+        self.parts: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        self.parts.append(strength(x.flatten(0, -2)[:: self.every], self.norms).float())
+
+    def rows(self) -> Tensor:
+        """(tokens, F) float32."""
+        return torch.cat(self.parts)
+
+
 class Activity:
-    """Per neuron the share of tokens on which its indicator is above its layer's mean; over all neurons and tokens the share
+    """Per neuron the share of tokens on which its indicator is above its layer's median; over all neurons and tokens the share
     below LOW of the layer's largest."""
 
     def __init__(self, norms: Tensor | None = None):
@@ -66,7 +81,7 @@ class Activity:
 
     def add(self, x: Tensor) -> None:
         size = strength(x, self.norms).flatten(0, -2)
-        part = (size > size.mean(-1, keepdim=True)).sum(0)
+        part = (size > size.median(-1, keepdim=True).values).sum(0)
         self.above = part if self.above is None else self.above + part
         self.low += int((size < LOW * size.amax(-1, keepdim=True)).sum())
         self.tokens += len(size)
@@ -80,7 +95,9 @@ class Activity:
 
 
 @torch.no_grad()
-def listen(model: nn.Module, heard: Sequence[InstanceMeans | Activity], batches: Iterable[Tensor]) -> None:
+def listen(
+    model: nn.Module, heard: Sequence[InstanceMeans | TokenIndicators | Activity], batches: Iterable[Tensor]
+) -> None:
     """Runs ids (B, T) through a model whose `blocks` have the site "hidden"; block i feeds heard[i]."""
     with tapped(sites={(block, "hidden"): h for block, h in zip(model.blocks, heard, strict=True)}):
         for ids in batches:

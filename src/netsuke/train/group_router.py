@@ -26,7 +26,7 @@ class RouterKnobs:
     """hidden units of the router; `steps` of `batch` tokens; `rate` of AdamW; `seed` of weights and order."""
 
     hidden: int = 128
-    steps: int = 400
+    steps: int = 800
     batch: int = 256
     rate: float = 3e-3
     seed: int = 0
