@@ -11,7 +11,7 @@ Where the two really cross depends on what is scarce. Multiply-accumulates of on
 
     parameters  LRT 18 r d for 12 d²: smaller from the first token on. Linformer adds 2 n P, so it never shrinks a file
     training    (weights, gradients, two moments of Adam) + what autograd keeps: per token 8 d + 2 f numbers, 6 r more with
-                factors, and H·n of the attention map (H·P in Linformer), three times that at the peak of its backward pass
+                factors, and H·n of the attention map (H·P in Linformer), three times that when its softmax is differentiated
 
 Time is not multiply-accumulates alone: a map entry that is computed in the open passes through memory `PASSES` times, which
 a device card prices. A fused attention kernel keeps no map: then memory never speaks for Linformer, and time does later.
@@ -117,11 +117,21 @@ def saved_floats(kind: str, s: Shape, n: int, fused: bool = False) -> int:
     return n * per_token + summaries + (s.heads * n if fused else map_entries(kind, s, n))
 
 
+def transient_peak(kind: str, s: Shape, n: int, fused: bool = False) -> int:
+    """Numbers alive per sequence at the peak of the backward pass, what is saved included. There are two candidates: its
+    start, when everything is saved and the gradients of the hidden units and the stream come; and the softmax, when what the
+    feed-forward part saved is gone, with two gradients as large as the map and two as wide as the stream."""
+    saved = saved_floats(kind, s, n, fused)
+    start = saved + n * (s.f + s.d)
+    feed = n * (2 * s.d + 2 * s.f + 2 + (2 * s.r if kind == "lrt" else 0))
+    softmax = saved - feed + n * 2 * s.d + (0 if fused else 2 * map_entries(kind, s, n))
+    return max(start, softmax)
+
+
 def training_bytes(kind: str, s: Shape, n: int, tokens: int, fused: bool = False) -> int:
     """Peak of a training step over tokens // n sequences (at least one), float32, Adam."""
-    transient = 0 if fused else 2 * map_entries(kind, s, n)
     batch = max(tokens // n, 1)
-    return 4 * (STATES * parameters(kind, s, n) + batch * (saved_floats(kind, s, n, fused) + transient))
+    return 4 * (STATES * parameters(kind, s, n) + batch * transient_peak(kind, s, n, fused))
 
 
 def seconds(kind: str, s: Shape, n: int, tokens: int, device: Device, fused: bool = False) -> float:
