@@ -1,7 +1,8 @@
 /* A statically quantized decoder in integers only: what runtime/integer.py computes, bit for bit, as plain C for any processor.
  *
  * No float occurs in this file. Codes are int8 and int16 (kept as int16 between operators), sums int32, rescaled sums int64.
- * Constants come from runtime/integer_native.py. One row of weights is used for all tokens of a call before the next is read. */
+ * Constants come from runtime/integer_native.py. A few rows of weights are used for all tokens of a call before the next are
+ * read. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,7 @@ typedef struct { /* q = ((total * m + bias) >> shift) + zero, clipped; bias hold
 } nsi_scale;
 
 typedef struct {
-  const uint8_t *w;    /* (outs, ins) int8, or (outs, (ins + 1) / 2) pairs of codes below 16, the first in the low half */
+  const uint8_t *w;    /* (outs, ins) int8, or (outs, (ins + 1) / 2) pairs of codes w + 8, the first in the low half */
   const int32_t *m;    /* outs */
   const int64_t *bias; /* outs: bias, half, and what the zero points of both sides add */
   int32_t outs, ins, bits, shift, zero, low, high, unused;
@@ -66,53 +67,107 @@ static int32_t summed(const nsi_scale *s, int64_t a, int64_t b) {
   return clip(((a * s->m + b * s->second + s->bias) >> s->shift) + s->zero, s->low, s->high);
 }
 
-/* sum of x (0 … 255) times w (-128 … 127) */
-static int32_t dot(const uint8_t *restrict x, const int8_t *restrict w, int n) {
-  int i = 0;
+/* How the codes of x are laid out for the weights of a map, `n` bytes a token:
+ *   8 bits  x + 128, unsigned, beside signed weights: the constant is taken out in `bias`
+ *   4 bits  those of even places, then those of odd ones, signed, beside codes 0 … 15: 8 · sum(x) is taken out per token */
+static int laid_out(const nsi_linear *l, const int16_t *x, uint8_t *bytes, int32_t *eights, int T) {
+  int n = l->ins, half = (n + 1) / 2;
+  if (l->bits == 8) {
+    for (int64_t i = 0; i < (int64_t)T * n; i++) bytes[i] = (uint8_t)(x[i] + 128);
+    memset(eights, 0, sizeof *eights * (size_t)T);
+    return n;
+  }
+  for (int t = 0; t < T; t++, x += n, bytes += 2 * half) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    for (int i = 0; i < n / 2; i++) bytes[i] = (uint8_t)x[2 * i], bytes[half + i] = (uint8_t)x[2 * i + 1];
+    if (n % 2) bytes[half - 1] = (uint8_t)x[n - 1], bytes[2 * half - 1] = 0;
+    eights[t] = 8 * sum;
+  }
+  return 2 * half;
+}
+
+static int32_t dot(const uint8_t *restrict x, const uint8_t *restrict w, int n, int bits) {
   int32_t sum = 0;
-#ifdef __AVX512VNNI__
-  __m512i a = _mm512_setzero_si512(), b = a;
-  for (; i + 128 <= n; i += 128) {
-    a = _mm512_dpbusd_epi32(a, _mm512_loadu_si512(x + i), _mm512_loadu_si512(w + i));
-    b = _mm512_dpbusd_epi32(b, _mm512_loadu_si512(x + i + 64), _mm512_loadu_si512(w + i + 64));
-  }
-  for (; i < n; i += 64) {
-    __mmask64 rest = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
-    a = _mm512_dpbusd_epi32(a, _mm512_maskz_loadu_epi8(rest, x + i), _mm512_maskz_loadu_epi8(rest, w + i));
-  }
-  sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-#else
-  for (; i < n; i++) sum += x[i] * w[i];
-#endif
+  if (bits == 8)
+    for (int i = 0; i < n; i++) sum += x[i] * (int8_t)w[i];
+  else
+    for (int i = 0; i < n / 2; i++) sum += (int8_t)x[i] * (w[i] & 15) + (int8_t)x[n / 2 + i] * (w[i] >> 4);
   return sum;
 }
 
-/* Four bits to int8 -8 … 7. */
-static const int8_t *unpacked(const uint8_t *restrict packed, int8_t *restrict row, int n) {
-  int i = 0;
+enum { ROWS = 4, TOKENS = 4 };
+
 #ifdef __AVX512VNNI__
-  const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
-  for (; i + 64 <= n; i += 64) {
-    __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(packed + i / 2)));
-    __m512i codes = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), low);
-    _mm512_storeu_si512(row + i, _mm512_sub_epi8(codes, eight));
+/* sums[r * tokens + t] of ROWS rows of weights and `tokens` (1 or TOKENS) tokens of n bytes; the last two are known where this is
+ * inlined. The rows after these are fetched ahead: the weights of a token come from memory. */
+static inline __attribute__((always_inline)) void tile(const uint8_t *x, const uint8_t *w, int n, int32_t *sums, int tokens,
+                                                       int bits) {
+  __m512i acc[ROWS * TOKENS], fifteen = _mm512_set1_epi8(15);
+  int width = bits == 8 ? n : n / 2;
+  for (int i = 0; i < ROWS * tokens; i++) acc[i] = _mm512_setzero_si512();
+  for (int i = 0; i < width; i += 64) {
+    __mmask64 here = width - i >= 64 ? ~0ull : (1ull << (width - i)) - 1;
+    __m512i rows[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      rows[r] = _mm512_maskz_loadu_epi8(here, w + (size_t)r * width + i);
+      if (tokens == 1) _mm_prefetch((const char *)(w + (size_t)(ROWS + r) * width + i), _MM_HINT_T0);
+    }
+    for (int t = 0; t < tokens; t++) {
+      __m512i first = _mm512_maskz_loadu_epi8(here, x + (size_t)t * n + i);
+      if (bits == 8) {
+        for (int r = 0; r < ROWS; r++) acc[r * tokens + t] = _mm512_dpbusd_epi32(acc[r * tokens + t], first, rows[r]);
+      } else {
+        __m512i second = _mm512_maskz_loadu_epi8(here, x + (size_t)t * n + width + i);
+        for (int r = 0; r < ROWS; r++) {
+          __m512i low = _mm512_and_si512(rows[r], fifteen), high = _mm512_and_si512(_mm512_srli_epi16(rows[r], 4), fifteen);
+          acc[r * tokens + t] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[r * tokens + t], low, first), high, second);
+        }
+      }
+    }
   }
+  for (int i = 0; i < ROWS * tokens; i += 4) { /* four sums across at once */
+    __m256i half[4];
+    for (int j = 0; j < 4; j++)
+      half[j] = _mm256_add_epi32(_mm512_castsi512_si256(acc[i + j]), _mm512_extracti64x4_epi64(acc[i + j], 1));
+    __m256i four = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
+    _mm_storeu_si128((void *)(sums + i), _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
+  }
+}
 #endif
-  for (; i < n; i++) row[i] = (int8_t)((packed[i / 2] >> (i % 2 * 4) & 15) - 8);
-  return row;
+
+/* Codes of row o for tokens t … from their sums. */
+static void stored(const nsi_linear *l, int o, int t, int tokens, const int32_t *sums, const int32_t *eights, int16_t *y) {
+  for (int i = 0; i < tokens; i++) {
+    int64_t total = (int64_t)(sums[i] - eights[t + i]) * l->m[o] + l->bias[o];
+    y[(size_t)(t + i) * l->outs + o] = (int16_t)clip((total >> l->shift) + l->zero, l->low, l->high);
+  }
 }
 
-/* y (T, ystride) of x (T, ins), codes; `bytes` room for x as unsigned, `row` for one row of weights */
-static void linear(const nsi_linear *l, const int16_t *x, int16_t *y, int T, uint8_t *bytes, int8_t *row) {
-  for (int64_t i = 0; i < (int64_t)T * l->ins; i++) bytes[i] = (uint8_t)(x[i] + 128);
-  size_t width = l->bits == 8 ? (size_t)l->ins : ((size_t)l->ins + 1) / 2;
-  for (int o = 0; o < l->outs; o++) {
-    const uint8_t *stored = l->w + (size_t)o * width;
-    const int8_t *w = l->bits == 8 ? (const int8_t *)stored : unpacked(stored, row, l->ins);
-    for (int t = 0; t < T; t++) {
-      int64_t total = (int64_t)dot(bytes + (size_t)t * l->ins, w, l->ins) * l->m[o] + l->bias[o];
-      y[(size_t)t * l->outs + o] = (int16_t)clip((total >> l->shift) + l->zero, l->low, l->high);
+/* y (T, outs) of x (T, ins), codes; `bytes` room for x laid out, `eights` for T */
+static void linear(const nsi_linear *l, const int16_t *x, int16_t *y, int T, uint8_t *bytes, int32_t *eights) {
+  int n = laid_out(l, x, bytes, eights, T);
+  size_t width = (size_t)(l->bits == 8 ? n : n / 2);
+  for (int o = 0; o < l->outs; o += ROWS) {
+    int rows = l->outs - o < ROWS ? l->outs - o : ROWS, t = 0;
+    const uint8_t *w = l->w + (size_t)o * width;
+    int32_t sums[ROWS * TOKENS];
+#ifdef __AVX512VNNI__
+    for (; rows == ROWS && t < T; t += T - t >= TOKENS ? TOKENS : 1) {
+      const uint8_t *from = bytes + (size_t)t * n;
+      int tokens = T - t >= TOKENS ? TOKENS : 1;
+      if (tokens == 1 && l->bits == 8) tile(from, w, n, sums, 1, 8);
+      else if (tokens == 1) tile(from, w, n, sums, 1, 4);
+      else if (l->bits == 8) tile(from, w, n, sums, TOKENS, 8);
+      else tile(from, w, n, sums, TOKENS, 4);
+      for (int r = 0; r < ROWS; r++) stored(l, o + r, t, tokens, sums + r * tokens, eights, y);
     }
+#endif
+    for (; t < T; t++)
+      for (int r = 0; r < rows; r++) {
+        sums[0] = dot(bytes + (size_t)t * n, w + (size_t)r * width, n, l->bits);
+        stored(l, o + r, t, 1, sums, eights, y);
+      }
   }
 }
 
@@ -192,13 +247,13 @@ static uint64_t taken(uint8_t **at, uint64_t count, uint64_t size) { /* the plac
 int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t *cache, int64_t *logits, int rows) {
   int C = m->width, group = m->heads / m->kv_heads;
   uint64_t wide = (uint64_t)m->widest * (uint64_t)T; /* widest: of all activations of a token */
-  uint8_t *memory = malloc(8 * (2 * wide + 64) + wide + 64 * 16 + (uint64_t)m->widest * 32 + (uint64_t)m->context * 16), *at = memory;
+  uint8_t *memory = malloc(13 * wide + 5 * (uint64_t)T + 12 * (uint64_t)m->widest + 10 * (uint64_t)m->context + 64 * 13), *at = memory;
   if (!memory) return -1;
   int16_t *x = (void *)(uintptr_t)taken(&at, wide, 2), *n = (void *)(uintptr_t)taken(&at, wide, 2);
   int16_t *q = (void *)(uintptr_t)taken(&at, wide, 2), *k = (void *)(uintptr_t)taken(&at, wide, 2);
   int16_t *v = (void *)(uintptr_t)taken(&at, wide, 2), *y = (void *)(uintptr_t)taken(&at, wide, 2);
-  uint8_t *bytes = (void *)(uintptr_t)taken(&at, wide, 1);
-  int8_t *row = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 1);
+  uint8_t *bytes = (void *)(uintptr_t)taken(&at, wide + T, 1);
+  int32_t *eights = (void *)(uintptr_t)taken(&at, (uint64_t)T, 4);
   int32_t *in = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 4), *out = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 4);
   int32_t *sums = (void *)(uintptr_t)taken(&at, (uint64_t)m->widest, 4);
   int16_t *scores = (void *)(uintptr_t)taken(&at, (uint64_t)m->context, 2);
@@ -216,9 +271,9 @@ int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t
     int8_t *keys = cache, *values = cache + (size_t)K * m->context * 2 * R;
     cache = values + (size_t)K * m->context * D;
     norm_rows(&b->attn_norm, x, b->stream_zero, n, in, out, T, C);
-    linear(&b->q, n, q, T, bytes, row);
-    linear(&b->k, n, k, T, bytes, row);
-    linear(&b->v, n, v, T, bytes, row);
+    linear(&b->q, n, q, T, bytes, eights);
+    linear(&b->k, n, k, T, bytes, eights);
+    linear(&b->v, n, v, T, bytes, eights);
     for (int t = 0; t < T; t++)
       for (int h = 0; h < K; h++) {
         int16_t *key = k + ((size_t)t * K + h) * 2 * R, *value = v + ((size_t)t * K + h) * D;
@@ -234,14 +289,14 @@ int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t
         attend(b, query, keys + (size_t)(h / group) * m->context * 2 * R, values + (size_t)(h / group) * m->context * D,
                n + ((size_t)t * H + h) * D, first, last, scores, weights, sums);
       }
-    linear(&b->o, n, y, T, bytes, row);
+    linear(&b->o, n, y, T, bytes, eights);
     for (int64_t i = 0; i < (int64_t)T * C; i++) x[i] = (int16_t)summed(&b->middle, x[i] - b->stream_zero, y[i] - b->o_zero);
     norm_rows(&b->mlp_norm, x, b->middle_zero, n, in, out, T, C);
-    linear(&b->gate, n, q, T, bytes, row);
-    linear(&b->up, n, k, T, bytes, row);
+    linear(&b->gate, n, q, T, bytes, eights);
+    linear(&b->up, n, k, T, bytes, eights);
     for (int64_t i = 0; i < (int64_t)T * F; i++)
       n[i] = (int16_t)scaled(&b->gated, (b->silu[q[i] + 128] - b->silu_zero) * (int64_t)(k[i] - b->up_zero));
-    linear(&b->down, n, y, T, bytes, row);
+    linear(&b->down, n, y, T, bytes, eights);
     if (l + 1 < m->count)
       for (int64_t i = 0; i < (int64_t)T * C; i++) x[i] = (int16_t)summed(&b->joint, x[i] - b->middle_zero, y[i] - b->down_zero);
   }

@@ -92,8 +92,8 @@ class NativeInteger:
     def _linear(self, linear: IntegerLinear) -> Linear:
         r, w = linear.rescale, linear.w
         m = np.broadcast_to(r.m, (len(w),)).astype(np.int32)
-        # codes of x are fed as 0 … 255: 128 and the zero point are taken out of the sum here, once
-        away = w.sum(1, dtype=np.int64) * (linear.x.zero + 128) * m
+        # the zero point is taken out of the sum here, once; beside 8-bit weights so are the 128 that make x unsigned
+        away = w.sum(1, dtype=np.int64) * (linear.x.zero + (0 if linear.bits == 4 else 128)) * m
         bias = r.bias + (np.int64(1) << (r.shift - 1)) - away
         stored = w
         if linear.bits == 4:

@@ -9,7 +9,7 @@ What the paper gives and where it is here
     smoothing, then transformations, clips and ranges learned together, end to end
     or block by block                                                                 train/mobilequant.py
     grids in the artifact                                                             layers/static.py, models/static_sites.py
-    integer-only execution (the paper's runs on a phone's NPU by a vendor's runtime)   runtime/integer.py
+    integer-only execution (the paper's is an NPU's)     runtime/integer.py, in C native/src/integer.c, runtime/integer_native.py
 
 What differs, and why
     The official code is under a licence that forbids commercial use; nothing of it is here. q↔k scales are tied over rotary
@@ -48,6 +48,7 @@ from netsuke.layers.static import StaticGrid
 from netsuke.models.load import find
 from netsuke.runtime.integer import IntegerModel
 from netsuke.runtime.integer_check import agreement, greedy_in_float64
+from netsuke.runtime.integer_native import NativeInteger
 from netsuke.systems.mobilequant_cases import (
     FACTOR,
     STORIES,
@@ -183,6 +184,10 @@ def integers(name: str, quick: bool, spoiled: bool = False) -> Measured:
     for scheme in ("w8a8", "w4a8"):
         model = treated(name, scheme, "all", quick)
         integer = IntegerModel.of_model(model)
+        if not spoiled:
+            native = NativeInteger(integer).forward(ids.tolist(), every=True)
+            values[f"{scheme} in C"] = same_in_c = bool(np.array_equal(native, integer.forward(ids.tolist())))
+            met &= same_in_c
         if spoiled:
             up = integer.blocks[0].linear["up"]
             up.x = StaticGrid(up.x.scale, up.x.zero + 1, 8)
@@ -210,14 +215,16 @@ def integers(name: str, quick: bool, spoiled: bool = False) -> Measured:
 
 
 def speed(quick: bool) -> Measured:
+    """Decoding and prompt rates over float32's; the 8-bit integer-only decoder is judged."""
     got = rates(quick)
-    ratio = {b: {what: got[b][what] / got[32][what] for what in ("prompt", "decode")} for b in (8, 4)}
-    shown = "; ".join(
-        f"{b} bits: decode {r['decode']:.2f}x, prompt of {CHUNK} {r['prompt']:.2f}x" for b, r in ratio.items()
-    )
-    shown += f" of float32 (a block of seven maps, width {got['width']}, {got['threads']} threads, activations scaled per token)"
-    met = ratio[8]["decode"] >= 2 and ratio[8]["prompt"] >= 1.5
-    return Measured(shown, None if quick else met, {str(k): v for k, v in got.items()} | {"ratios": ratio})
+    base = got.pop("float32")
+    ratio = {way: {what: r[what] / base[what] for what in base} for way, r in got.items()}
+    shown = "; ".join(f"{way}: decode {r['decode']:.2f}x, prompt {r['prompt']:.2f}x" for way, r in ratio.items())
+    judged = ratio["integers, 8 bits"]
+    met = judged["decode"] >= 2 and judged["prompt"] >= 1.5
+    return Measured(
+        f"{shown} of float32, one block, one thread", None if quick else met, {"rates": got | {"float32": base}, "ratios": ratio}
+    )  # fmt: skip
 
 
 def smaller(quick: bool) -> Measured:
@@ -302,7 +309,10 @@ CLAIMS = [
         "folding is exact at every pair", "", "1e-4 of the largest logit",
         on_all(folding), on_all(folding, tied=False), STORIES_FILES,
     ),
-    Claim("8-bit maps of 4096 by 4096 against float32", "", "decode ≥ 2x, prompt of 128 ≥ 1.5x", speed),
+    Claim(
+        f"integers only at 4096 by 4096, against float32, prompt of {CHUNK}", "faster by 20 to 50 % (NPU)",
+        "8 bits: decode ≥ 2x, prompt ≥ 1.5x", speed,
+    ),
     Claim("maps of 4096 by 4096 are smaller", "", "4.0x at 8 bits, 7.5x at 4 bits", smaller),
     Claim(
         "latency and energy −20 % to −50 % on a phone's NPU", "−20 % to −50 % (Snapdragon 8 Gen 3)",
