@@ -50,3 +50,18 @@ def test_clips_shrink_the_range_and_take_gradients():
     layer.requires_grad_(True)
     layer(torch.ones(1, 32)).sum().backward()
     assert layer.clip.grad.abs().sum() > 0 and layer.weight.grad.abs().sum() > 0
+
+
+def test_a_fixed_grid_stays_while_weights_move():
+    layer = master(40, 50, 3, 16)
+    before = layer.pack()
+    layer.fix_grid()
+    assert torch.equal(layer.to_dense(), before.to_dense())
+    Perturbation(0, 0, 0, 0.05).shift_({"m.weight": layer.weight})
+    after, x = layer.pack(), torch.randn(5, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(after.scales, before.scales) and torch.equal(after.zeros, before.zeros)
+    assert not torch.equal(after.codes, before.codes)
+    with torch.no_grad():
+        assert torch.equal(after.to_dense(), layer.to_dense()) and torch.allclose(after(x), layer(x), atol=1e-6)
+    layer.fixed = None
+    assert not torch.equal(layer.pack().scales, before.scales)

@@ -137,8 +137,8 @@ def test_batches_depend_on_the_step_alone_and_are_cut(task):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"w": 5}, {"w": 1}, {"a": 1}, {"w": 16, "a": 8}, {"trainable": "k"}, {"group": -1}, {"batch": 0}, {"eps": 0},
-              {"minutes": 0}, {"tokens": 1}, {"alpha": 2}],
+    "knobs", [{"w": 5}, {"w": 1}, {"a": 1}, {"w": 16, "a": 8}, {"trainable": "k"}, {"grid": "a"}, {"group": -1}, {"batch": 0},
+              {"eps": 0}, {"minutes": 0}, {"tokens": 1}, {"alpha": 2}],
 )  # fmt: skip
 def test_knobs_are_refused_by_name(knobs):
     with pytest.raises(NetsukeError, match=list(knobs)[-1]):
