@@ -61,7 +61,7 @@ CASES = [
     for model in MODELS
 ]
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(sparsify|modegpt)"
+    "ignore:(sparsify|modegpt|mobilequant)"
 )  # little text is their warning, and all there is here
 matrix = pytest.mark.parametrize("name,knobs,model", CASES)
 

@@ -17,6 +17,7 @@ from netsuke.runtime.integer_ops import Norm, Rescale, Softmax, bit_length, root
 from netsuke.train.mobilequant import MobileQuant
 from tests.tiny import tiny_llama, tiny_task
 
+pytestmark = pytest.mark.filterwarnings("ignore:mobilequant")  # grouped queries, on purpose
 RNG = np.random.default_rng(0)
 
 

@@ -7,6 +7,7 @@ from netsuke.systems import mobilequant, mobilequant_cases, mobilequant_speed
 from netsuke.systems.modegpt_cases import Case
 from tests.tiny import tiny_llama, tiny_task
 
+pytestmark = pytest.mark.filterwarnings("ignore:mobilequant")  # grouped queries, on purpose
 CACHED = ("planted", "treated", "wrongly_smoothed", "coarse", "float_nats", "excess", "site_table")
 
 

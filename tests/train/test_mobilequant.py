@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from netsuke.models.static_sites import static_sites
 from netsuke.train.mobilequant import BlockLearner, MobileQuant, learn
 from tests.tiny import tiny_llama, tiny_task
 
+pytestmark = pytest.mark.filterwarnings("ignore:mobilequant")  # grouped queries, on purpose
 OFF = {"learn": "off", "calibration": 8}
 
 
@@ -113,11 +115,11 @@ def test_ranges_follow_their_parameters(task):
     low, high = ranges["blocks.0.hidden"]
     for how, moved in (("log", (2 * low, 2 * high)), ("raw", None)):
         one = BlockLearner(model.blocks[0], ranges, bits, MobileQuant(ranges=how))
-        start = [float(v) for v in one.range("hidden")]
-        assert start == pytest.approx([low, high], abs=(high - low) / 255)
+        start = one.found()["blocks.0.hidden"]
+        assert start == pytest.approx((low, high), abs=(high - low) / 255)
         if moved:
             one.span["hidden"].data.fill_(math.log(2))
-            assert [float(v) for v in one.range("hidden")] == pytest.approx(moved, rel=1e-5)
+            assert one.found()["blocks.0.hidden"] == pytest.approx(moved, rel=1e-5)
     fixed = BlockLearner(model.blocks[0], ranges, bits, MobileQuant(ranges="off"))
     assert not fixed.span
 
@@ -160,6 +162,14 @@ def test_ranges_and_bits_as_json(task, tmp_path):
 def test_wrong_knobs_are_refused(knobs, words):
     with pytest.raises(NetsukeError, match=words):
         MobileQuant(**knobs)
+
+
+def test_pairs_that_are_left_out_are_said(task):
+    with pytest.warns(UserWarning, match="v_o is left out: 2 key/value heads feed 4 query heads"):
+        MobileQuant(**OFF).apply(tiny_llama(), task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MobileQuant(grouped=True, **OFF).apply(tiny_llama(), task)
 
 
 def test_models_that_cannot_be_static_are_refused_by_the_layer(task):

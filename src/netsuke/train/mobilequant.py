@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -40,6 +41,7 @@ from netsuke.compress.equivalent import (
     column_reach,
     fold,
     pair_sizes,
+    skipped,
     smoothing,
     transform,
     weights_of,
@@ -317,6 +319,8 @@ class MobileQuant(Method):
             return model
         model.float().requires_grad_(False)  # scales are folded in, which 16 bits would round
         bits = BitMap.of(self.scheme, self.wide)
+        for pair, why in skipped(model.cfg, self.grouped).items():
+            warnings.warn(f"mobilequant: the pair {pair} is left out: {why} (grouped=true ties them)", stacklevel=2)
         with torch.no_grad():
             if self.smooth is not None:
                 model = fold(model, smoothing_scales(model, task, self.calibration, self.smooth, self.grouped))
