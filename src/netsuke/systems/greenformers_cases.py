@@ -36,10 +36,10 @@ FUSED_LENGTHS = (1024, 2048, 4096)
 TOKENS = 1024  # in a timed step, in one sequence at least
 PEAK_TOKENS = 4096  # in a step whose memory is measured
 REPEATS = 5
-WIDTH, LAYERS = 64, 2
+WIDTH, LAYERS = {"digits": 128, "spoken": 128, "mnist": 64}, 2
 SHARE = 0.4  # of the break-even rank: 2.4 times fewer weights in the blocks
 PROJECT = 64  # summaries of 784 pixels
-STEPS = {"digits": 300, "spoken": 200, "mnist": 600}
+STEPS = {"digits": 400, "spoken": 200, "mnist": 600}
 HEADS = {"digits": 4, "spoken": 4, "mnist": 2}
 HEAL_STEPS = 200
 
@@ -144,7 +144,7 @@ def design(name: str, kind: str, seed: int, share: float = SHARE) -> Encoder:
     part = task_of(name, 0).parts["train"].x
     extra = {"attention": "linformer", "project": PROJECT} if kind == "linformer" else {}
     cfg = EncoderConfig.uniform(
-        LAYERS, 4 * WIDTH, width=WIDTH, heads=HEADS[name], context=part.shape[1], features=part.shape[2], classes=10,
+        LAYERS, 4 * WIDTH[name], width=WIDTH[name], heads=HEADS[name], context=part.shape[1], features=part.shape[2], classes=10,
         **extra,
     )  # fmt: skip
     model = random_encoder(cfg, seed)
@@ -158,7 +158,7 @@ def trained(name: str, kind: str, seed: int, quick: bool, share: float = SHARE) 
     task, model = task_of(name, seed), design(name, kind, seed, share).requires_grad_(True)
     steps = 2 if quick else STEPS[name]
     decay = 0.0 if kind == "lrt" else LoopKnobs.weight_decay
-    knobs = LoopKnobs(steps=steps, weight_decay=decay, bf16=name == "mnist")
+    knobs = LoopKnobs(steps=steps, weight_decay=decay, bf16=True)
     history = train(model, lambda step: task.batch_at(step, seed), task.loss, knobs)
     model.requires_grad_(False)
     weights = sum(p.numel() for n, p in model.blocks.named_parameters() if "norm" not in n)
@@ -201,7 +201,10 @@ def subject_of(name: str, quick: bool) -> Subject:
         return Subject(case.model, task, rows_loss(task))
     loaded = load(name, dtype="float32")
     windows = {"train": 4, "validation": 1, "test": 2} if quick else {"train": 120, "validation": 4, "test": 16}
-    task = Rows({split: mixture(loaded.tokenizer, split, count) for split, count in windows.items()})
+    rows = {split: torch.cat(mixture(loaded.tokenizer, split, count)) for split, count in windows.items()}
+    order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(0))
+    rows["train"] = rows["train"][order]
+    task = Rows({split: found.split(2 if split == "train" else 8) for split, found in rows.items()})
     return Subject(loaded.model, task, rows_loss(task))
 
 
