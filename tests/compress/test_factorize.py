@@ -12,6 +12,7 @@ from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
 from netsuke.layers.lowrank import LowRank
 from netsuke.models.encoder import EncoderConfig, random_encoder
+from netsuke.models.llama import BlockShape, LlamaConfig, random_llama
 from netsuke.tasks.sequences import digits
 from tests.tiny import same_state, tiny_llama, tiny_task
 
@@ -186,3 +187,17 @@ def test_encoders_are_treated_like_decoders(attention):
     assert errors[0] < errors[1]
     untouched = [n for n, p in after.named_parameters() if "squeeze" in n or n in ("position", "embed.weight")]
     assert all(torch.equal(after.get_parameter(n), model.get_parameter(n)) for n in untouched)
+
+
+def test_experts_are_treated_and_routers_stay(task):
+    blocks = (BlockShape(24, 12, experts=4, active=2), BlockShape(40, 12))
+    shape = {"vocab": 96, "width": 48, "heads": 4, "kv_heads": 2, "head_dim": 12, "context": 64}
+    model = random_llama(LlamaConfig(**shape, blocks=blocks), 0, std=0.2)
+    rows, after = (f(model, task) for f in (Factorize(rank=0.5, calibration=8).plan, Factorize(rank=0.5).apply))
+    treated = {r.name for r in rows if r.rank is not None}
+    assert {"blocks.0.experts.3.down", "blocks.1.down"} <= treated and "blocks.0.experts.router" not in {
+        r.name for r in rows
+    }
+    assert torch.equal(after.blocks[0].experts.router.weight, model.blocks[0].experts.router.weight)
+    ids = next(task.batches("validation"))[:, :-1]
+    assert after(ids).isfinite().all() and after.bytes() < model.bytes()

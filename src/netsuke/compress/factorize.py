@@ -79,7 +79,7 @@ class Factorize(Method):
                  whitened). Trained weights have flat spectra: 0.9 of the energy often lies beyond the break-even rank
     per_layer    ranks of single maps by name, whole numbers or shares, over both of the above
     solver       whitened-svd (needs text), svd, random
-    only         maps to treat, as patterns ("blocks.*.fc1"); empty: all maps of the blocks, and neither table nor head
+    only         maps to treat, as patterns ("blocks.*.fc1"); empty: all maps of the blocks; no table, head or router
     exclude      patterns of maps that stay
     finetune     gradient steps after the cut, on the task's train split, with the one training loop
     calibration  windows of the train split for the whitened solver
@@ -142,7 +142,7 @@ class Factorize(Method):
 
     def treated(self, model: nn.Module) -> list[str]:
         """Names of the maps that this value is about, in the model's order."""
-        names = [n for n in model.linears() if self.only or n not in TABLES or n in self.per_layer]
+        names = [n for n in model.linears() if self.only or n in self.per_layer or not _kept_by_default(n)]
         chosen = [n for n in names if not self.only or n in self.per_layer or _matches(n, self.only)]
         return [n for n in chosen if not _matches(n, self.exclude)]
 
@@ -206,7 +206,7 @@ class Factorize(Method):
                 rows.append(replace(stays, why=f"has factors of rank {old.rank} already"))
                 continue
             pair = None
-            if name in grams:
+            if name in grams and grams[name].rows:  # an expert that no token was sent to is taken by its weights
                 gram = grams[name]
                 if id(gram) not in roots:
                     roots[id(gram)] = decompose.sym_sqrt(gram.mean(), self.floor)
@@ -307,6 +307,11 @@ def low_rank_design(model: nn.Module, rank: int | float, seed: int = 0) -> nn.Mo
     """A low-rank Transformer by design: a copy of a freshly initialised model whose blocks' maps have random factors, to be
     trained from scratch."""
     return Factorize(rank=rank, solver="random", seed=seed).apply(model)
+
+
+def _kept_by_default(name: str) -> bool:
+    """Tables, and routers of mixtures: a few rows, on which the choice of experts hangs."""
+    return name in TABLES or name.endswith(".router")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -200,7 +200,7 @@ def subject_of(name: str, quick: bool) -> Subject:
         task = Rows({**case.task.rows, "train": own.split(8)})
         return Subject(case.model, task, rows_loss(task))
     loaded = load(name, dtype="float32")
-    windows = {"train": 4, "validation": 1, "test": 2} if quick else {"train": 120, "validation": 4, "test": 16}
+    windows = {"train": 4, "validation": 1, "test": 1} if quick else {"train": 120, "validation": 4, "test": 16}
     rows = {split: torch.cat(mixture(loaded.tokenizer, split, count)) for split, count in windows.items()}
     order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(0))
     rows["train"] = rows["train"][order]
