@@ -130,9 +130,9 @@ def time_crossing(open_maps: bool, quick: bool) -> Measured:
     """Where Linformer's step becomes as fast as LRT's, beside what was foretold: by multiply-accumulates alone for the fused
     kernel, with the traffic of maps at this machine's measured bandwidth for open ones."""
     at = cases.crossing_of(curve(LRT, open_maps, quick), curve(LINFORMER, open_maps, quick))
-    plain = advise.formula_crossing(BERT.d, BERT.r, BERT.P(4096))
-    device = Device.load("this")
-    foretold = advise.crossing("time", BERT, cases.TOKENS, device, fused=not open_maps)
+    s, device = SMALL if quick else BERT, Device.load("this")
+    plain = advise.formula_crossing(s.d, s.r, s.P(4096))
+    foretold = advise.crossing("time", s, cases.TOKENS, device, fused=not open_maps)
     judged = foretold if open_maps else plain
     found = "none up to the longest" if at is None else f"{at:,.0f} tokens"
     shown = (
@@ -175,9 +175,8 @@ def memory_at(kind: str, n: int, bar: float, quick: bool) -> Measured:
     n = 256 if quick else n
     ways = (True,) if quick else (True, False)
     ratios = {o: peaks(kind, n, o, quick) / peaks("dense", n, o, quick) for o in ways}
-    foretold = advise.training_bytes(kind, BERT, n, cases.PEAK_TOKENS) / advise.training_bytes(
-        "dense", BERT, n, cases.PEAK_TOKENS
-    )
+    s, tokens = cases.peak_shape(quick)
+    foretold = advise.training_bytes(kind, s, n, tokens) / advise.training_bytes("dense", s, n, tokens)
     shown = f"{ratios[True]:.2f}x of dense, foretold {foretold:.2f}x" + (
         "" if quick else f"; fused {ratios[False]:.2f}x"
     )
@@ -189,7 +188,8 @@ def memory_crossing(quick: bool, open_maps: bool = True) -> Measured:
     lengths = QUICK_LENGTHS if quick else PEAK_LENGTHS if open_maps else PEAK_LENGTHS[1::2]
     lrt, linformer = ({n: peaks(kind, n, open_maps, quick) for n in lengths} for kind in ("lrt", "linformer"))
     at = cases.crossing_of(lrt, linformer)
-    foretold = advise.crossing("memory", BERT, cases.PEAK_TOKENS, fused=not open_maps)
+    s, tokens = cases.peak_shape(quick)
+    foretold = advise.crossing("memory", s, tokens, fused=not open_maps)
     found = "none" if at is None else f"{at:,.0f} tokens"
     table = ", ".join(f"{n}: {lrt[n] / 1e6:,.0f} and {linformer[n] / 1e6:,.0f} MB" for n in lengths)
     shown = f"{found}; foretold {foretold or 'none'}; LRT and Linformer at {table}"

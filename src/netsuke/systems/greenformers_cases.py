@@ -97,10 +97,15 @@ def step_seconds(
     return {key: statistics.median(t) for key, t in times.items()}
 
 
+def peak_shape(small: bool) -> tuple[Shape, int]:
+    """The block whose memory is measured, and the tokens in a step."""
+    return (SMALL, 512) if small else (BERT, PEAK_TOKENS)
+
+
 def train_twice(kind: str, n: int, open_maps: bool, small: bool) -> None:
     """Two steps with Adam's moments, for `peak_of`: the second holds weights, gradients and moments together."""
     return_freed_memory(LARGE_IN_TRAINING)  # holes in the heap, 200 MB here, would hide what the methods differ in
-    s, tokens = (SMALL, 512) if small else (BERT, PEAK_TOKENS)
+    s, tokens = peak_shape(small)
     block = bert_block(kind, n, s, open_maps)
     x, weights = input_of(n, s.d, tokens), list(block.parameters())
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in weights]
