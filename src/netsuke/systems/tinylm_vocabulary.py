@@ -151,7 +151,8 @@ def sliced(quick: bool, shift: int = 0) -> Measured:
     values = {}
     for name, loaded, texts in trained_models(quick):
         model, tok = loaded.model, loaded.tokenizer
-        got = trim(tok, count_pieces(tok, texts), max(round(0.6 * tok.vocab), len(pieces_of(tok).always) + 64))
+        always = len(pieces_of(tok).always)
+        got = trim(tok, count_pieces(tok, texts), always + round(0.6 * (tok.vocab - always)))
         small, kept, new = trim_model(model, got), torch.tensor(got.kept), {o: i for i, o in enumerate(got.kept)}
         if shift:
             small.embed.weight.copy_(small.embed.weight.roll(shift, 0))
