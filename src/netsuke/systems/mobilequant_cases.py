@@ -38,7 +38,7 @@ EPOCHS = {STORIES: 5, WIDE_MODEL: 3}  # of 64 windows; one takes 10 times as lon
 
 
 def calibration(name: str, quick: bool) -> int:
-    return min(case_of(name, quick).calibration, 64)
+    return min(case_of(name, quick).calibration, 8 if quick else 64)
 
 
 def knobs(name: str, scheme: str, treatment: str, seed: int, quick: bool) -> MobileQuant:
