@@ -9,8 +9,11 @@ from netsuke.layers.adapter import Adapter
 from netsuke.layers.linear import Dense, halved
 from netsuke.layers.lowrank import LowRank
 from netsuke.layers.registry import layer_bytes, layer_from_spec
+from netsuke.models.llama import Llama
 from netsuke.models.load import load
 from netsuke.models.save import save_artifact
+from netsuke.runtime.engine import Engine
+from netsuke.runtime.memory_plan import inference_plan, linear_layers
 from tests.tiny import same_state, tiny_llama
 
 O, I, R = 40, 56, 4  # noqa: E741  the house's letters: outputs, inputs, rank
@@ -80,15 +83,42 @@ def test_refused_where_it_cannot_be():
         Adapter(layer.base, LowRank(Dense(torch.zeros(2, I)), Dense(torch.zeros(R, 2))), layer.second)
 
 
-@torch.no_grad()
-def test_a_model_with_adapters_is_saved_and_loaded(tmp_path):
-    model = tiny_llama()
-    for name in ("blocks.0.q", "blocks.1.down"):
+def with_adapters(names: tuple[str, ...] = ("blocks.0.q", "blocks.1.down", "embed"), **shape) -> Llama:
+    """A tiny model with thin maps beside some of its own, one of them quantized."""
+    model = tiny_llama(**shape)
+    model.replace("blocks.1.down", quantize_linear(model.blocks[1].down, 8, 16, "rtn"))
+    rng = torch.Generator().manual_seed(4)
+    for name in names:
         base = model.linears()[name]
-        rng = torch.Generator().manual_seed(4)
         thin = Dense(torch.randn(3, base.ins, generator=rng)), Dense(torch.randn(base.outs, 3, generator=rng))
         model.replace(name, Adapter(base, *thin))
+    return model
+
+
+@torch.no_grad()
+def test_a_model_with_adapters_is_saved_and_loaded(tmp_path):
+    model = with_adapters()
     assert len(model.linears()) == len(tiny_llama().linears())
     back = load(save_artifact(tmp_path / "m", model, None, {}, {})).model
     ids = torch.arange(8)[None]
     assert same_state(back, model) and torch.equal(back(ids), model(ids))
+
+
+def test_a_plan_counts_adapters():
+    model = with_adapters()
+    specs = {name: layer.spec() for name, layer in model.linears().items()}
+    maps = linear_layers(model.cfg, specs)
+    for name, layer in model.linears().items():
+        assert (maps[name].bytes, maps[name].macs) == (layer.bytes(), layer.macs()), name
+    plan = inference_plan(model.cfg, specs, context=64)
+    assert plan.weights == model.bytes() + sum(b.freq.numel() * 4 for b in model.blocks)
+    plain = tiny_llama()
+    without = inference_plan(plain.cfg, {n: m.spec() for n, m in plain.linears().items()}, context=64)
+    assert plan.activations + plan.buffers >= without.activations + without.buffers
+
+
+def test_the_engine_refuses_adapters_in_a_sentence(tmp_path):
+    path = save_artifact(tmp_path / "m", with_adapters(("blocks.0.q",)), None, {}, {})
+    with pytest.raises(NetsukeError, match=r"blocks\.0\.q") as e:
+        Engine.open(path)
+    assert str(e.value).count("\n") == 0

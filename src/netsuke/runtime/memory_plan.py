@@ -76,7 +76,7 @@ class Layer:
 
     @property
     def factors(self) -> tuple[Layer, ...]:
-        """The two thin maps inside a low-rank map, or beside a sparse one."""
+        """The two thin maps inside a low-rank map, or beside a sparse one or an adapter's base."""
         if "rank" not in self.spec:
             return ()
         rank, own = self.spec["rank"], self.bias and self.spec["kind"] == "lowrank"
@@ -86,9 +86,18 @@ class Layer:
         )
 
     @property
+    def base(self) -> tuple[Layer, ...]:
+        """The map that an adapter stands beside."""
+        if self.spec["kind"] != "adapter":
+            return ()
+        return (Layer(f"{self.name}.base", self.outs, self.ins, self.bias, self.spec["base"]),)
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates for one row of x; a sparse map reads all channels, as it does in a prompt."""
-        return sum(f.macs for f in self.factors) if self.spec["kind"] == "lowrank" else self.outs * self.ins
+        if self.spec["kind"] in ("lowrank", "adapter"):
+            return sum(part.macs for part in (*self.base, *self.factors))
+        return self.outs * self.ins
 
     @property
     def plain(self) -> bool:
@@ -103,8 +112,8 @@ class Layer:
     @property
     def rows(self) -> int:
         """Rows of W in one product."""
-        if self.spec["kind"] == "lowrank":
-            return max(f.rows for f in self.factors)
+        if self.spec["kind"] in ("lowrank", "adapter"):
+            return max(part.rows for part in (*self.base, *self.factors))
         if self.plain or self.spec["kind"] == "sparse":  # which works on a few inputs of all rows at a time
             return self.outs
         return min(self.outs, max(1, WIDENED // self.ins))
@@ -114,6 +123,9 @@ class Layer:
         kind, factors = self.spec["kind"], self.factors
         if kind == "lowrank":
             return F32 * n * self.spec["rank"] + max(f.transient(n) for f in factors)
+        if kind == "adapter":  # the base's result waits while the factors work, and both while they are added
+            thin = F32 * n * (self.outs + self.spec["rank"]) + max(f.transient(n) for f in factors)
+            return max(self.base[0].transient(n), thin, 2 * F32 * n * self.outs)
         if kind == "sparse":
             part = self.outs * min(self.ins, max(1, WIDENED // self.outs))
             gathered = part * (F32 if "dtype" in self.spec else QUANT_PART)
@@ -132,6 +144,10 @@ class Layer:
             first, second = self.factors
             whole = 0 if first.plain else F32 * first.outs * first.ins
             return F32 * n * second.ins + max(second.lookup(n), whole)
+        if self.spec["kind"] == "adapter":
+            first, second = self.factors
+            whole = 0 if first.plain else F32 * first.outs * first.ins
+            return max(self.base[0].lookup(n), 2 * row + F32 * n * second.ins + max(second.lookup(n), whole))
         if self.spec["kind"] == "sparse":
             return self.transient(max(n, 2))
         return min(self.transient(n), 2 * row)
@@ -294,7 +310,7 @@ def loading_peak(maps: dict[str, Layer]) -> tuple[int, str]:
     order = [m for name, m in maps.items() if name != "embed"]
     for m in (maps["embed"], *order):
         total += m.bytes
-        floats = [part for part in (m, *m.factors) if part.float_bytes]
+        floats = [part for part in (m, *m.base, *m.factors) if part.float_bytes]
         alive = total + max((min(p.outs * p.ins, CHECKED) * (p.float_bytes + 2) for p in floats), default=0)
         if alive > best:
             best, where = alive, m.name
