@@ -75,6 +75,14 @@ def test_what_is_cut_out_can_be_put_back_bit_for_bit(model, found):
     assert torch.equal(grown.blocks[1].gate.weight[:80], model.blocks[1].gate.weight)
 
 
+def test_a_prompt_fires_the_bricks_of_its_skill(model, found):
+    texts = instances(8)
+    low, high = (bricks.fired(model, found.manifest, texts[skill]) for skill in ("low", "high"))
+    assert low["low"] > high["low"] and high["high"] > low["high"]
+    with pytest.raises(NetsukeError, match="of this manifest: it was made for a base"):
+        bricks.fired(tiny_llama(seed=1), found.manifest, IDS)
+
+
 def test_shared_neurons_are_spared_unless_asked(model):
     base = bricks.fingerprint(model)
     manifest = Manifest(base).plus(

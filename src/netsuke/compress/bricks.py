@@ -6,6 +6,7 @@ which is which: id, kind, sites with neuron indices or a file, scores per skill,
 
     find         scores every neuron for every skill by average precision (measure/neurons.py); a skill's brick is its best
                  `share` of each layer
+    fired        which bricks answer to a prompt
     remove       cuts bricks out: the layers get narrower, nothing is masked
     keep_only    cuts all bricks but these out; neurons of no brick are common ground and stay
     extract      a brick's weights, to be kept in a file of their own
@@ -187,6 +188,24 @@ def find(
         skilled = float(torch.cat([s[c] for s, c in zip(per_block, chosen)]).mean())
         bricks.append(Brick(skill, "neurons", sites, {skill: round(skilled, 4)}, neuron_bytes(model, sites), base))
     return Found(Manifest(base).plus(*bricks), scores, labels, rankings)
+
+
+@torch.no_grad()
+def fired(model: Llama, manifest: Manifest, ids: Tensor) -> dict[str, float]:
+    """How strongly every neuron brick answers to texts (N, T): mean |activation| of its neurons over that of their layers.
+
+    Raises NetsukeError for a manifest of another base.
+    """
+    check_base("of this manifest", manifest.base, fingerprint(model))
+    heard = [InstanceMeans() for _ in model.blocks]
+    listen(model, heard, [ids])
+    level = [h.rows().double().mean(0) for h in heard]
+    out = {}
+    for b in manifest.bricks:
+        if b.kind == "neurons" and b.sites:
+            own = [level[i][c].mean() / level[i].mean() for i, c in neurons(model, b.sites).items()]
+            out[b.id] = float(torch.stack(own).mean()) if own else 0.0
+    return out
 
 
 def block_of(site: str, model: Llama) -> int:

@@ -6,7 +6,6 @@ on train text and judged on test text; plugins and routers learn from train text
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +20,7 @@ from netsuke.data.domains import DOMAINS, documents, translations
 from netsuke.measure.neurons import Activity, listen
 from netsuke.models.llama import Llama
 from netsuke.models.load import Loaded, load
+from netsuke.tasks import skills
 from netsuke.tasks.language import token_losses
 from netsuke.train.edit import Fact
 from netsuke.train.group_router import RouterKnobs, train_routers
@@ -31,7 +31,6 @@ SHORT = {"coding": "cod", "math": "mat", "knowledge": "kno", "writing": "wri", "
 LENGTH = 64  # tokens of an instance beside the start token
 SCORED, HELD_OUT = 400, 100  # instances per skill
 QUICK_SCORED, QUICK_HELD_OUT = 60, 8
-PER_DOCUMENT = 8  # instances from one document at most: a long module must not stand for the library
 SHARE = 0.05  # of a layer's neurons that are a skill's brick
 RESIDENT = 0.9  # of the tokens of every skill on which a resident neuron is at work
 ROUTED = 80  # instances per skill for groups and routers: 25,600 tokens
@@ -69,16 +68,8 @@ def texts(domain: str, split: str) -> list[str]:
 @cache
 def instances(name: str, domain: str, split: str, count: int) -> Tensor:
     """(count, 1 + LENGTH) ids, each begun by the start token, in a fixed shuffled order; fewer where the text ends."""
-    tokenizer, bos = loaded(name).tokenizer, model_of(name).cfg.bos
-    chosen, rows = texts(domain, split), []
-    random.Random(0).shuffle(chosen)
-    for text in chosen:
-        ids = tokenizer.encode(text[: 8 * LENGTH * PER_DOCUMENT])
-        pieces = [ids[i : i + LENGTH] for i in range(0, len(ids) - LENGTH + 1, LENGTH)]
-        rows += [[bos, *p] for p in pieces[:PER_DOCUMENT]]
-        if len(rows) >= count:
-            break
-    return torch.tensor(rows[:count])
+    source = loaded(name)
+    return skills.instances(texts(domain, split), source.tokenizer, source.model.cfg.bos, LENGTH, count)
 
 
 def scored(name: str, domain: str, quick: bool) -> Tensor:
@@ -104,9 +95,9 @@ def base_loss(name: str, domain: str, quick: bool) -> float:
 @cache
 def found(name: str, quick: bool, without_residents: bool = False) -> Found:
     """The bricks of the five skills."""
-    skills = {d: scored(name, d, quick)[:, :-1] for d in DOMAINS}
+    texts_of = {d: scored(name, d, quick)[:, :-1] for d in DOMAINS}
     allowed = [~r for r in residents(name, quick)] if without_residents else None
-    return bricks.find(model_of(name), skills, SHARE, allowed=allowed)
+    return bricks.find(model_of(name), texts_of, SHARE, allowed=allowed)
 
 
 @cache
@@ -175,8 +166,8 @@ def multitask(name: str, quick: bool) -> Plugin:
 
 @cache
 def rack(name: str, quick: bool, sixth: bool = False) -> Rack:
-    skills = (*DOMAINS, SIXTH) if sixth else DOMAINS
-    return Rack(model_of(name), [plugin(name, d, quick) for d in skills])
+    names = (*DOMAINS, SIXTH) if sixth else DOMAINS
+    return Rack(model_of(name), [plugin(name, d, quick) for d in names])
 
 
 def fact_of(name: str, prompt: str, target: str, quick: bool) -> Fact:

@@ -82,7 +82,7 @@ class LanguageModeling:
         path = Path(path)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in TEXT_ENDINGS)
-            bodies = [_read_utf8(p) for p in files]
+            bodies = [read_utf8(p) for p in files]
             if len(bodies) >= 10:
                 texts = {"train": "", "validation": "", "test": ""}
                 for i, body in enumerate(bodies):  # every tenth file validates, every tenth tests
@@ -90,7 +90,7 @@ class LanguageModeling:
             else:
                 texts = _cut_in_order("\n".join(bodies))
         elif path.is_file():
-            texts = _cut_in_order(_read_utf8(path))
+            texts = _cut_in_order(read_utf8(path))
         else:
             raise NetsukeError(
                 f"read text from {path.name}", "there is no such file or folder", "a text file or a folder"
@@ -182,7 +182,8 @@ def language_task(loaded: Loaded, data: str | None, context: int | None) -> Lang
     return LanguageModeling.from_path(data, loaded.tokenizer, context)
 
 
-def _read_utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """A file's text. Raises NetsukeError for bytes that are no UTF-8, and for a file that cannot be read."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
