@@ -222,8 +222,8 @@ def profiles(quick: bool, untrained: bool = False) -> Measured:
         task = DomainModeling(loaded.tokenizer, context=64 if quick else 256, batch=4 if quick else 8)
         if quick:
             task.documents = task_of(str(scale(True).middle), scale(True)).documents
-        one = skip_profile(model, task, limit=1 if quick else 8)
-        two = skip_profile(model, task, together=2, limit=1 if quick else 8)
+        one = skip_profile(model, task, limit=1 if quick else 3)
+        two = skip_profile(model, task, together=2, limit=1 if quick else 3)
         middle = statistics.median(one[1:-1])
         values[name] = {"skip": one, "pairs": two, "first": one[0] / middle, "last": one[-1] / middle}
     if not values:
