@@ -222,20 +222,22 @@ def profiles(quick: bool, untrained: bool = False) -> Measured:
         task = DomainModeling(loaded.tokenizer, context=64 if quick else 256, batch=4 if quick else 8)
         if quick:
             task.documents = task_of(str(scale(True).middle), scale(True)).documents
-        one = skip_profile(model, task, limit=1 if quick else 3)
-        two = skip_profile(model, task, together=2, limit=1 if quick else 3)
+        one = skip_profile(model, task, limit=1 if quick else 2 if untrained else 8)
+        two = [] if untrained else skip_profile(model, task, together=2, limit=1 if quick else 2)
         middle = statistics.median(one[1:-1])
         values[name] = {"skip": one, "pairs": two, "first": one[0] / middle, "last": one[-1] / middle}
     if not values:
         raise NetsukeError("measure layer-skip profiles", "none of our language models is installed", TEACHER)
-    shown = "; ".join(
-        f"{n}: "
-        + " ".join(f"{x:.2f}" for x in v["skip"])
-        + f" nats (first {v['first']:.1f}x, last {v['last']:.1f}x the median of "
-        "the middle; pairs " + " ".join(f"{x:.2f}" for x in v["pairs"]) + ")"
-        for n, v in values.items()
-    )
-    met = all(min(v["first"], v["last"]) >= 2 for v in values.values())
+    rows = []
+    for name, v in values.items():
+        rows.append(f"{name}: " + " ".join(f"{x:.2f}" for x in v["skip"]) + " nats")
+        rows[-1] += f" (first {v['first']:.1f}x, last {v['last']:.1f}x the median of the middle"
+        rows[-1] += ("; pairs " + " ".join(f"{x:.2f}" for x in v["pairs"]) if v["pairs"] else "") + ")"
+    shown = "; ".join(rows)
+    hurt = all(
+        min(v["skip"][0], v["skip"][-1]) > 0.01 for v in values.values()
+    )  # a ratio of noise to noise says nothing
+    met = hurt and all(min(v["first"], v["last"]) >= 2 for v in values.values())
     return Measured(("random weights: " if untrained else "") + shown, verdict(met, quick), values)
 
 
