@@ -5,7 +5,6 @@ import torch
 
 from netsuke.compress.fake_quant import (
     clip_start,
-    fake_dynamic,
     fake_static,
     fake_weight,
     freeze,
@@ -14,7 +13,7 @@ from netsuke.compress.fake_quant import (
     weight_codes,
 )
 from netsuke.errors import NetsukeError
-from netsuke.layers.static import StaticGrid, levels
+from netsuke.layers.static import StaticGrid, TokenGrid, levels
 
 RNG = torch.Generator().manual_seed(0)
 W = torch.randn(12, 32, generator=RNG) * torch.logspace(-2, 1, 12)[:, None]
@@ -81,7 +80,7 @@ def test_an_open_end_pulls_its_range_outwards():
 
 def test_every_token_has_its_own_dynamic_range():
     x = torch.stack((X[0, 0], 1000 * X[0, 0]))
-    got = fake_dynamic(x)
+    got = TokenGrid(8)(x)
     assert ((got - x).abs().amax(1) <= (x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / 255 * 0.51).all()
     static = fake_static(x, x.min(), x.max(), 8)
     assert (static[0] - x[0]).abs().max() > 50 * (got[0] - x[0]).abs().max()

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from netsuke.errors import NetsukeError
-from netsuke.layers.static import StaticGrid
+from netsuke.layers.static import StaticGrid, TokenGrid
 from netsuke.models.load import load
 from netsuke.models.places import MANIFEST
 from netsuke.models.save import save_artifact
-from netsuke.models.static_sites import static_sites
+from netsuke.models.static_sites import standing_grids, static_sites
 from netsuke.runtime.engine import Engine, engine_plan
 from tests.tiny import tiny_llama
 
@@ -34,6 +34,17 @@ def test_saved_and_loaded_gives_the_same_outputs(folder):
     assert torch.equal(again(IDS), before(IDS)) and not torch.equal(again(IDS), plain)
 
 
+@torch.no_grad()
+def test_grids_of_single_tokens_travel_too(tmp_path):
+    model = tiny_llama()
+    model.stand({"blocks.0.attn_in": TokenGrid(4), **GRIDS})
+    again = load(save_artifact(tmp_path / "dynamic", model, None, {}, {})).model
+    assert standing_grids(again) == {"blocks.0.attn_in": TokenGrid(4), **GRIDS} and static_sites(again) == GRIDS
+    assert torch.equal(again(IDS), model(IDS))
+    model.stand({})
+    assert not torch.equal(again(IDS), model(IDS))
+
+
 def test_a_model_without_grids_is_saved_as_before(tmp_path):
     assert "sites" not in json.loads((save_artifact(tmp_path / "a", tiny_llama(), None, {}, {}) / MANIFEST).read_text())
 
@@ -41,7 +52,7 @@ def test_a_model_without_grids_is_saved_as_before(tmp_path):
 def test_the_engine_refuses_what_it_would_compute_otherwise(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     for refused in (lambda: Engine.open(folder), lambda: engine_plan(manifest)):
-        with pytest.raises(NetsukeError, match=r"quantized to static grids \(at blocks\.0\.hidden and 1 more"):
+        with pytest.raises(NetsukeError, match=r"quantized to grids \(at blocks\.0\.hidden and 1 more"):
             refused()
 
 

@@ -18,21 +18,10 @@ from torch import Tensor
 
 from netsuke.compress.quantize import TINY, Codes
 from netsuke.errors import NetsukeError
-from netsuke.layers.static import StaticGrid, codes, levels, rounded, snap
+from netsuke.layers.static import StaticGrid, codes, grid, snap
 
 CLIP_START = 4.0
 Per = str | int  # "tensor", "row", or the number of inputs that share a scale
-
-
-def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (a rounded code, straight-through) of ranges low … high, elementwise; both in their shape."""
-    least, most = levels(bits)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if symmetric:
-        scale = (torch.maximum(-low, high) / most).clamp(min=TINY)
-        return scale, torch.zeros_like(scale)
-    scale = ((high - low) / (most - least)).clamp(min=TINY)
-    return scale, rounded(least - low / scale).clamp(least, most)
 
 
 # --- weights ---
@@ -116,8 +105,3 @@ def freeze(low: Tensor | float, high: Tensor | float, bits: int, name: str = "a 
         )  # fmt: skip
     scale, zero = grid(low, high, bits, symmetric=bits == 16)
     return StaticGrid(float(scale), int(zero), bits)
-
-
-def fake_dynamic(x: Tensor, bits: int = 8) -> Tensor:
-    """x (…, C) on a grid of its own for every token. It hides what static ranges suffer from: a control, not a format."""
-    return snap(x, *grid(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits), bits)

@@ -30,7 +30,7 @@ from netsuke.errors import NetsukeError
 from netsuke.layers.static import StaticGrid, snap
 from netsuke.measure.activations import Range, tapped
 from netsuke.models.llama import LINEARS, SITES, Llama
-from netsuke.models.static_sites import static_sites
+from netsuke.models.static_sites import standing_grids, static_sites
 from netsuke.tasks.base import Task, run_calibration
 
 WIDE = ("attn_stream", "scores", "probs", "o", "mlp_stream", "down")  # the sites that 8 bits break
@@ -84,8 +84,8 @@ def reason_against(model: Any) -> str | None:
     for name, layer in model.linears().items():
         if (kind := layer.spec()["kind"]) != "dense":
             return f"{name} is stored as {kind} already: quantize the dense model it came from"
-    if static_sites(model):
-        return f"{next(iter(static_sites(model)))} has a static grid already"
+    if standing_grids(model):
+        return f"{next(iter(standing_grids(model)))} has a grid already"
     return None
 
 

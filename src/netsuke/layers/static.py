@@ -21,6 +21,8 @@ from netsuke.errors import NetsukeError
 ASKED = "build a static grid"
 BITS = (8, 16)
 KEYS = {"kind", "scale", "zero", "bits"}
+TINY = 2.0**-24  # the smallest positive float16: no scale is smaller
+DYNAMIC = range(2, 17)  # bits of a TokenGrid
 
 
 class _Round(torch.autograd.Function):
@@ -53,6 +55,17 @@ def codes(x: Tensor, scale: Tensor | float, zero: Tensor | float, bits: int) -> 
 def snap(x: Tensor, scale: Tensor | float, zero: Tensor | float, bits: int) -> Tensor:
     """The value on the grid that stands for x."""
     return (codes(x, scale, zero, bits) - zero) * scale
+
+
+def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (a rounded code, straight-through) of ranges low … high, elementwise; both in their shape."""
+    least, most = levels(bits)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = (torch.maximum(-low, high) / most).clamp(min=TINY)
+        return scale, torch.zeros_like(scale)
+    scale = ((high - low) / (most - least)).clamp(min=TINY)
+    return scale, rounded(least - low / scale).clamp(least, most)
 
 
 @dataclass(frozen=True)
@@ -95,3 +108,28 @@ class StaticGrid:
 
     def __call__(self, x: Tensor) -> Tensor:
         return snap(x, self.scale, self.zero, self.bits)
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """x (…, C) rounded to `bits` on a grid of its own for every token (and head, where C is a head's): dynamic quantization.
+    It needs no calibration and hides what static ranges suffer from; no integer-only device runs it."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in DYNAMIC:
+            raise NetsukeError(ASKED, f"{str(self.bits)[:40]} bits for every token", f"{DYNAMIC[0]} to {DYNAMIC[-1]}")
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "token", "bits": self.bits}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return snap(x, *grid(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), self.bits), self.bits)
+
+
+def grid_from_spec(spec: Any) -> StaticGrid | TokenGrid:
+    """The grid that `spec()` described. Raises NetsukeError for anything else."""
+    if isinstance(spec, dict) and spec.get("kind") == "token" and spec.keys() == {"kind", "bits"}:
+        return TokenGrid(spec["bits"])
+    return StaticGrid.from_spec(spec)

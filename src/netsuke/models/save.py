@@ -18,7 +18,7 @@ from netsuke.models.artifact import check_writable, write_artifact, write_file
 from netsuke.models.encoder import Encoder
 from netsuke.models.llama import Llama
 from netsuke.models.places import WEIGHTS
-from netsuke.models.static_sites import static_sites
+from netsuke.models.static_sites import standing_grids
 from netsuke.models.tokenizer import Tokenizer
 from netsuke.models.weights import check_finite, write_safetensors
 
@@ -46,8 +46,8 @@ def save_artifact(
         "provenance": provenance, "budget": budget, "facts": facts,
     }  # fmt: skip
 
-    if isinstance(model, Llama) and (grids := {name: grid.spec() for name, grid in static_sites(model).items()}):
-        manifest["sites"] = grids
+    if isinstance(model, Llama) and (sites := {name: grid.spec() for name, grid in standing_grids(model).items()}):
+        manifest["sites"] = sites
 
     def fill(part: Path) -> None:
         write_safetensors(part / WEIGHTS, state, {"format": "pt"})

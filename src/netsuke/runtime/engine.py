@@ -84,7 +84,7 @@ def _check_runs(manifest: dict[str, Any], asked: str) -> None:
     if sites := manifest.get("sites"):
         first = next(iter(sites))
         raise NetsukeError(
-            asked, f"its activations are quantized to static grids (at {first} and {len(sites) - 1} more sites)",
+            asked, f"its activations are quantized to grids (at {first} and {len(sites) - 1} more sites)",
             "models without such sites: the engine would compute something else",
             "--backend torch, or the integer-only executor (netsuke.runtime.integer)",
         )  # fmt: skip

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from netsuke.compress.fake_quant import fake_dynamic, weight_grid
+from netsuke.compress.fake_quant import weight_grid
 from netsuke.compress.quantize import Codes
 from netsuke.layers.linear import LinearBase
 from netsuke.layers.quantized import QuantLinear, group_count
@@ -124,13 +124,3 @@ class MasterLinear(LinearBase):
         """The map as it is stored for good."""
         grid = self.fixed or grid_of(self.weight, self.clip, self.bits, self.group)
         return stored(self.weight, grid, self.bits, self.group, self.bias)
-
-
-class TokenGrid:
-    """Stands at a site: x (…, C) rounded to `bits` on a grid of its own for every token (and head, where C is a head's)."""
-
-    def __init__(self, bits: int):
-        self.bits = bits
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return fake_dynamic(x, self.bits)

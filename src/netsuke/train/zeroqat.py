@@ -46,9 +46,10 @@ from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense
 from netsuke.layers.packing import WIDTHS
 from netsuke.layers.quantized import QuantLinear
+from netsuke.layers.static import TokenGrid
 from netsuke.models.llama import Block, Llama
 from netsuke.tasks.base import Task
-from netsuke.train.masters import MasterLinear, TokenGrid, quantized
+from netsuke.train.masters import MasterLinear, quantized
 from netsuke.train.reconstruct import Quantized, reconstruct, starting_scales
 from netsuke.train.zeroth_order import Perturbation, ZerothOrderKnobs, descend, in_micro_batches, slopes
 
