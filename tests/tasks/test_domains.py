@@ -77,6 +77,12 @@ def test_batches_deal_domains_in_turn():
     assert len(list(task().batches("train", 3))) == 3 and float(task().loss(tiny_llama(vocab=270), first)) > 0
 
 
+def test_facts_name_every_split_of_every_domain():
+    facts = task().facts()["splits"]
+    assert facts["train"]["song"]["sha256"] != facts["test"]["song"]["sha256"]
+    assert facts["validation"]["count"]["bytes"] == len("\0".join(documents("count", "validation")).encode())
+
+
 def test_text_too_short_is_refused():
     with pytest.raises(NetsukeError, match="train text of"):
         task(context=5000).batch_at(0)

@@ -16,6 +16,7 @@ What differs, and why
     Everything is about 700 times smaller: 1.5 M parameters, 0.8 M tokens a training (the card has 2 M for the tokenizers and
     2 to 10 M tokens), five domains of English, code and catalogue translations instead of 1.6 T tokens. One training is one
     to two minutes; the whole is about 100 on one core. Tables are tied (the paper unties them): their share is half as large.
+    Trainings are equal in tokens, as in the paper: a larger vocabulary sees more text in them. Scores are of equal bytes.
     Every choice is made on validation text: vocabulary, shape, score, draw. Test text gives the figures of the table.
     The teacher, `wide`, was trained on the same domains with 2,048 pieces of its own. A student under another vocabulary
     starts from its rows: a piece that both have keeps its row, another is the mean of the pieces that spell it.
