@@ -120,6 +120,34 @@ def test_loss_alone_seeks_the_smallest(place, tmp_path):
         assert after <= before * (1 + allowed)
 
 
+def test_a_latency_limit_makes_unread_weights_a_choice(place, tmp_path):
+    wide = run(place, tmp_path / "wide.netsuke", storage=SMALL)
+    limit = wide["after"]["latency"]["per_token"] * 0.8
+    got = run(place, tmp_path / "quick.netsuke", latency=f"{limit:.9f}s")
+    assert got["after"]["latency"]["per_token"] <= limit
+    rows = {r["method"]: r for r in got["tried"]}
+    assert all(rows[n]["options"] > 0 for n in ("quantize", "modegpt", "factorize", "sparsify"))
+    assert {r["method"]: r for r in wide["tried"]}["sparsify"]["options"] == 0, "bytes alone have no use for it"
+    skips = [c for c in got["choices"] if c["sparsity"]]
+    named = [m for m in got["methods"] if m["method"] == "sparsify"]
+    assert bool(skips) == bool(named)
+
+
+def test_healing_never_makes_it_worse(place, carved, tmp_path):
+    healed = run(place, tmp_path / "healed.netsuke", storage=SMALL, heal="4s")
+    assert healed["after"]["bytes"] <= 72_000
+    assert healed["after"]["quality"]["validation"] <= carved["after"]["quality"]["validation"]
+    assert any(m["method"] == "heal" for m in healed["methods"]) == (healed["tried"][-1]["nats"] > 0)
+    assert same_answers(tmp_path / "healed.netsuke", healed, place)
+
+
+def same_answers(folder: Path, report: dict, place: Path) -> bool:
+    loaded = load(folder)
+    task = LanguageModeling.from_path(place / "words.txt", loaded.tokenizer, 32)
+    with torch.no_grad():
+        return abs(task.score(loaded.model, "test") - report["after"]["quality"]["test"]) < 1e-3
+
+
 def test_quantized_models_are_refused(place, carved, tmp_path):
     with pytest.raises(NetsukeError, match="stored as quant already"):
         fit(str(place / "carved.netsuke"), "pi4", data=str(place / "words.txt"), out=str(tmp_path / "b.netsuke"))

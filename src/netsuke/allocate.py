@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,9 +54,12 @@ def quiet_stdout() -> Iterator[None]:
         os.close(nowhere)
 
 
-def undominated(options: Sequence[Option]) -> list[Option]:
-    """Options that no other one equals or beats in harm and in every cost (the first of equals stays)."""
-    names = sorted({n for o in options for n in o.costs})
+def undominated(options: Sequence[Option], names: Iterable[str] | None = None) -> list[Option]:
+    """Options that no other one equals or beats in harm and in every cost (the first of equals stays).
+
+    `names` are the costs that count, by default all.
+    """
+    names = sorted({n for o in options for n in o.costs} if names is None else names)
     table = np.array([[o.harm, *(o.costs.get(n, 0.0) for n in names)] for o in options])
     keep = []
     for i, row in enumerate(table):
@@ -75,7 +78,9 @@ def allocate(parts: Sequence[Sequence[Option]], limits: dict[str, float], minimi
     """
     if any(not part for part in parts):
         raise ValueError("a part has no option")
-    kept = [undominated(part) for part in parts]
+    # what is neither limited nor minimised decides nothing, and would keep every option alive
+    counted = {*limits, minimise} - {"harm"}
+    kept = [undominated(part, counted) for part in parts]
     flat = [o for part in kept for o in part]
     owner = np.repeat(np.arange(len(kept)), [len(p) for p in kept])
     one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(kept), len(flat)))

@@ -33,6 +33,9 @@ REPAIRS = 4
 # Cuts of several blocks hurt more than their sum, rounding noise does not: cuts are tried at once and at twice the harm
 # that was measured one at a time, and (infinity) not at all; what was built is then compared.
 CUT_FACTORS = (1.0, 2.0, math.inf)
+MOST_FACTOR = 2.0  # of unread weights, which stay a choice where cuts are left out
+HEAL_BATCH = 8  # windows a step
+TIMED_STEPS = 2  # of healing, to know how many fit into the time that was given
 LOGIT_LIMIT = 1e-3
 ENGINE_LIMIT = 5e-3  # nats per token; int8 activations and a float16 cache give 2e-4 on pycode at any bits
 RESOURCES = ("storage", "ram", "latency", "energy")
@@ -50,11 +53,19 @@ class Candidate:
     methods: list[Method]
     model: Llama
     costs: dict[str, float]
-    loss: float  # validation, nats per token
+    loss: float  # validation, nats per token, as decoded
+    healed: float = 0.0  # nats per token that healing took back
 
     @property
     def layers(self) -> dict[str, dict]:
         return {name: m.spec() for name, m in self.model.linears().items()}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of its weights that a decoded token reads, by name of the maps that skip some."""
+        from netsuke.compress.choices import shares_read
+
+        return shares_read([o.value for o in self.found.picks])
 
 
 class Carving:
@@ -62,13 +73,13 @@ class Carving:
 
     def __init__(
         self, model: str, device: str, budget: Budget, data: str | None, context: int | None, out: Path, cuts: bool,
-        on_progress: Callable[[str, int, int], None],
+        on_progress: Callable[[str, int, int], None], heal: float = 0.0,
     ):  # fmt: skip
         from netsuke.models.artifact import check_writable
         from netsuke.models.load import describe, load
         from netsuke.tasks.language import language_task
 
-        self.name, self.on_progress, self.started = model, on_progress, time.time()
+        self.name, self.on_progress, self.started, self.heal_seconds = model, on_progress, time.time(), heal
         self.clock, self.seconds = time.monotonic(), {}
         self.device = Device.load(device)
         self.here = (
@@ -96,6 +107,8 @@ class Carving:
             self.measure_before()
             self.offer_choices()
             self.build_candidates()
+            if self.heal_seconds:
+                self.heal()
             self.check_loss()
             self.pack()
 
@@ -133,11 +146,13 @@ class Carving:
 
         return native_plan(cfg, layers, context=self.context, threads=self.device.cores).as_dict()
 
-    def predicted(self, cfg: LlamaConfig, layers: dict[str, dict], tokens: int = 1) -> Cost:
+    def predicted(
+        self, cfg: LlamaConfig, layers: dict[str, dict], tokens: int = 1, shares: dict[str, float] | None = None
+    ) -> Cost:
         """The device's figures for one generated token, or for a prompt."""
         from netsuke.runtime.native_plan import native_work
 
-        return self.device.cost(native_work(cfg, layers, context=self.context, tokens=tokens))
+        return self.device.cost(native_work(cfg, layers, context=self.context, tokens=tokens, shares=shares))
 
     def measured(self, model: Llama) -> dict[str, Any]:
         """Latency on this machine: the engine runs the model."""
@@ -151,20 +166,22 @@ class Carving:
             "how": f"measured on this machine in the native engine ({speed.prompt_tokens} prompt tokens)",
         }  # fmt: skip
 
-    def latency(self, model: Llama, layers: dict[str, dict]) -> dict[str, Any]:
+    def latency(self, model: Llama, layers: dict[str, dict], shares: dict[str, float] | None = None) -> dict[str, Any]:
         if self.here:
             return self.measured(model)
         return {
-            "per_token": self.predicted(model.cfg, layers).latency,
+            "per_token": self.predicted(model.cfg, layers, shares=shares).latency,
             "first_token": self.predicted(model.cfg, layers, min(128, self.context - 1)).latency,
             "how": f"predicted for {self.device.name} by its card (128 prompt tokens); not measured there",
         }  # fmt: skip
 
-    def costs(self, cfg: LlamaConfig, layers: dict[str, dict], linear_bytes: int) -> dict[str, float]:
+    def costs(
+        self, cfg: LlamaConfig, layers: dict[str, dict], linear_bytes: int, shares: dict[str, float] | None = None
+    ) -> dict[str, float]:
         """What a whole model costs by resource; storage is an estimate within a few KB until it is packed."""
         norms = sum(p.numel() * 4 for n, p in self.dense.named_parameters() if n.endswith("norm.weight"))
         manifest = 3000 + 420 * len(layers)  # config, a spec and a header entry for each map, hashes, provenance
-        token = self.predicted(cfg, layers)
+        token = self.predicted(cfg, layers, shares=shares)
         return {
             "storage": linear_bytes + norms + manifest + self.described.tokenizer_bytes,
             "ram": self.memory(cfg, layers)["peak"],
@@ -174,15 +191,20 @@ class Carving:
     # 2. choices
 
     def offer_choices(self) -> None:
-        from netsuke.compress.choices import CUTS, offer, untouched
+        from netsuke.compress.choices import CUTS, RANKS, SPARSITIES, offer, untouched
         from netsuke.compress.modegpt import MODULES
         from netsuke.runtime.memory_plan import linear_layers, uniform_specs
 
         # cutting normed heads would change the norm itself, so MoDeGPT refuses it
         modules = ("mlp", "vo") if self.cfg.qk_norm else MODULES
+        narrower = self.cut_factors != (math.inf,)
+        scarce = (
+            self.asked.latency is not None or self.asked.energy is not None
+        )  # then unread weights are worth something
         self.parts = offer(
             self.dense, self.task, self.device, group=GROUP, windows=PROBE, calibration=CALIBRATION,
-            cuts=CUTS if self.cut_factors != (math.inf,) else (0.0,), modules=modules, kv_bytes=2.0 * self.context,
+            cuts=CUTS if narrower else (), ranks=RANKS if narrower else (), sparsities=SPARSITIES if scarce else (),
+            modules=modules, kv_bytes=2.0 * self.context,
             on_trial=lambda done, total: self.on_progress("trying each part", done, total),
         )  # fmt: skip
         self.parts = [[self.slowed(o) for o in part] for part in self.parts]
@@ -218,18 +240,21 @@ class Carving:
         return allocate(parts, {**limits, "harm": allowed}, minimise="storage")
 
     def weighted(self, factor: float) -> list[list[Option]]:
-        """The parts with the harm of cuts multiplied; infinity leaves cuts out."""
+        """The parts with the harm of cuts, factors and unread weights multiplied; infinity leaves cuts and factors out."""
+        from netsuke.compress.choices import is_whole
+
         if factor == 1.0:
             return self.parts
         out = []
         for part in self.parts:
-            rounding = {tuple(o.value.bits.values()): o.harm for o in part if o.value.cut == 0}
-            kept = [o for o in part if o.value.cut == 0]
-            if math.isfinite(factor):
-                for o in part:
-                    if o.value.cut > 0:
-                        noise = (1 - o.value.cut) * rounding[tuple(o.value.bits.values())]
-                        kept.append(replace(o, harm=noise + factor * (o.harm - noise)))
+            rounding = {tuple(o.value.bits.values()): o.harm for o in part if is_whole(o.value)}
+            kept = [o for o in part if is_whole(o.value)]
+            for o in part:
+                narrower = o.value.cut > 0 or o.value.rank is not None
+                if is_whole(o.value) or (narrower and not math.isfinite(factor)):
+                    continue
+                noise = (1 - o.value.cut) * rounding[tuple(o.value.bits.values())]
+                kept.append(replace(o, harm=noise + min(factor, MOST_FACTOR) * (o.harm - noise)))
             out.append(kept)
         return out
 
@@ -297,14 +322,47 @@ class Carving:
         model = self.dense if methods else half_precision(self.dense)
         for method in methods:
             model = method.apply(model, self.task)
+        made = Candidate(factor, found, methods, model, {}, self.loss_as_decoded(model, "validation", CHECK))
         linears = model.linears()
-        costs = self.costs(
-            model.cfg, {n: m.spec() for n, m in linears.items()}, sum(m.bytes() for m in linears.values())
-        )
+        made.costs = self.costs(model.cfg, made.layers, sum(m.bytes() for m in linears.values()), made.shares)
         if self.here and self.budget.latency is not None:
-            costs["latency"] = self.measured(model)["per_token"]
-        loss = self.task.mean_loss(model, "validation", CHECK)
-        return Candidate(factor, found, methods, model, costs, loss)
+            made.costs["latency"] = self.measured(model)["per_token"]
+        return made
+
+    def loss_as_decoded(self, model: Llama, split: str, limit: int | None = None) -> float:
+        """Mean loss in nats with every token but a window's first taken as one that is decoded: input-sparse maps skip
+        weights there, which they do not in prompts."""
+        from netsuke.compress.sparse_channels import decoding
+
+        with decoding(model):
+            return self.task.mean_loss(model, split, limit)
+
+    def heal(self) -> None:
+        """The winner learns from the model before it, for the time that was given; unread weights are chosen anew after it."""
+        from netsuke.train.heal import Heal
+
+        made = self.winner
+        trained = [m for m in made.methods if m.name != "sparsify"]
+        model = self.dense
+        for method in trained:
+            model = method.apply(model, self.task)
+        if not trained:
+            return
+        begin = time.monotonic()
+        Heal(steps=TIMED_STEPS, batch=HEAL_BATCH).apply(model, self.task, self.dense)
+        each = (time.monotonic() - begin) / TIMED_STEPS  # its looks at validation text included
+        method = Heal(steps=max(int(self.heal_seconds / each), 1), batch=HEAL_BATCH)
+        model = method.apply(
+            model, self.task, self.dense, on_step=lambda done, total: self.on_progress("healing", done, total)
+        )
+        methods = [*trained, method]
+        for last in made.methods[len(trained) :]:
+            model, methods = last.apply(model, self.task), [*methods, last]
+        loss = self.loss_as_decoded(model, "validation", CHECK)
+        if loss < made.loss:
+            self.winner = replace(made, model=model, methods=methods, loss=loss, healed=made.loss - loss)
+            self.candidates.append(self.winner)
+        self.lap("heal")
 
     def excess(self, c: Candidate) -> dict[str, float]:
         """By how much a candidate exceeds each limit that it exceeds; "harm" when the smallest model is wanted."""
@@ -333,7 +391,7 @@ class Carving:
         from netsuke.models.save import save_artifact
 
         self.on_progress("scoring the test text", 0, 0)
-        model, test = self.winner.model, self.task.mean_loss(self.winner.model, "test")
+        model, test = self.winner.model, self.loss_as_decoded(self.winner.model, "test")
         quality, memory = self.quality(self.winner.loss, test), self.memory(model.cfg, self.winner.layers)
         rise = quality["test"] / self.before["quality"]["test"] - 1
         data = (self.loaded.manifest or {}).get("provenance", {}).get("data")
@@ -373,7 +431,7 @@ class Carving:
         self.memory_after = memory
         self.after = {
             "quality": quality, "bytes": self.proof["bytes"], "peak_ram": memory["peak"], "peak_ram_how": "planned",
-            "latency": self.latency(model, self.winner.layers), "energy": self.winner.costs["energy"],
+            "latency": self.latency(model, self.winner.layers, self.winner.shares), "energy": self.winner.costs["energy"],
             "loss_of_quality": rise,
         }  # fmt: skip
         self.lap("pack")

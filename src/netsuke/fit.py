@@ -19,7 +19,8 @@ from netsuke.verb import verb
 def fit(
     model: str, device: str = "this", *, ram: str | None = None, storage: str | None = None, latency: str | None = None,
     energy: str | None = None, max_loss: str | None = None, data: str | None = None, context: int | None = None,
-    out: str | None = None, cuts: bool = True, on_progress: Callable[[str, int, int], None] | None = None,
+    out: str | None = None, cuts: bool = True, heal: str | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Carves `model` (a language model: artifact, Hugging Face folder, llama2.c file, "pycode"; or a small network: .tflite,
     .onnx, Keras, .npz) until it fits, and writes the artifact and its report beside it.
@@ -30,16 +31,20 @@ def fit(
     data              a UTF-8 text file or folder, cut 80/10/10, or "python-library"; default: what the model's own
                       manifest names. For small networks a folder or .zip of <class>/<picture>, or an .npz with x and y
     context           tokens of text per window and of the key/value cache; default: at most 512 of the model's own
-    cuts              whether layers may become narrower, or only their bits fewer
+    cuts              whether layers may become narrower or factors, or only their bits fewer
+    heal              time for what was carved to learn from the model before it ("5min"); two runs then differ, because
+                      the number of steps depends on the machine. Language models only
 
     Returns the report as a dictionary. Raises NetsukeError for unusable input, and with code 1 when no set of choices
     meets the budget; nothing is written then.
     """
-    from netsuke.devices import Budget
+    from netsuke.devices import Budget, parse_seconds
+    from netsuke.errors import NetsukeError
     from netsuke.graph.read import is_graph
     from netsuke.report import write_report
 
     budget = Budget.parse(ram, storage, latency, energy, max_loss)
+    seconds = parse_seconds(heal) if heal else 0.0
     name = Path(model).name
     plain = (Path(name).stem if is_graph(model) else name.removesuffix(".netsuke").removesuffix(".bin")) or "model"
     target = Path(out or f"{plain}-{Path(device).stem}.netsuke")
@@ -47,6 +52,10 @@ def fit(
         target = target.with_name(target.name + ".netsuke")
     tell = on_progress or (lambda *_: None)
     if is_graph(model):
+        if seconds:
+            raise NetsukeError(
+                f"heal {model}", "it is a small network", "language models", "netsuke train NETWORK --on mcu"
+            )
         from netsuke.carve_network import NetworkCarving
         from netsuke.network_report import report_of
 
@@ -55,7 +64,7 @@ def fit(
         from netsuke.carve import Carving
         from netsuke.carve_report import report_of
 
-        carving = Carving(model, device, budget, data, context, target, cuts, tell)
+        carving = Carving(model, device, budget, data, context, target, cuts, tell, seconds)
     carving.run()
     report = report_of(carving)
     write_report(report, target.with_suffix(".report.html"), target.with_suffix(".report.json"))
@@ -78,6 +87,7 @@ def register(app: typer.Typer) -> None:
         context: Annotated[int | None, typer.Option(help="tokens per window and in the cache")] = None,
         out: Annotated[str | None, typer.Option("-o", "--out", help="the artifact to write, NAME.netsuke")] = None,
         cuts: Annotated[bool, typer.Option(help="allow narrower layers, or only fewer bits")] = True,
+        heal: Annotated[str | None, typer.Option(help="time to learn from the model before, e.g. 5min")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
     ) -> None:
         from rich.console import Console
@@ -89,7 +99,7 @@ def register(app: typer.Typer) -> None:
             task = bar.add_task("reading")
             report = fit(
                 model, device, ram=ram, storage=storage, latency=latency, energy=energy, max_loss=max_loss, data=data,
-                context=context, out=out, cuts=cuts,
+                context=context, out=out, cuts=cuts, heal=heal,
                 on_progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total or None),
             )  # fmt: skip
         if as_json:

@@ -10,9 +10,12 @@ have become walk through the model themselves (quantize.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from netsuke.errors import NetsukeError
 from netsuke.measure.activations import Gram, Influence, SquareSum, tapped
@@ -38,10 +41,23 @@ def leader_of(name: str) -> str:
     return parent + dot + LEADERS.get(leaf, leaf)
 
 
+class Each:
+    """Several accumulators that see the same activations."""
+
+    def __init__(self, *accumulators: Any):
+        self.accumulators = accumulators
+
+    def add(self, x: Tensor) -> None:
+        for accumulator in self.accumulators:
+            accumulator.add(x)
+
+
 @torch.no_grad()
-def collect(model: Llama, task: Task, windows: int) -> Statistics:
-    """One pass of `windows` rows of the train split. Raises NetsukeError when there is no text, and for activations that are
-    not finite, naming the map."""
+def collect(model: Llama, task: Task, windows: int, beside: Mapping[str, Any] | None = None) -> Statistics:
+    """One pass of `windows` rows of the train split. `beside` holds accumulators, by name of a map, that see its inputs too.
+
+    Raises NetsukeError when there is no text, and for activations that are not finite, naming the map.
+    """
     names = [n for n in model.linears() if n not in ("embed", "head")]
     grams: dict[str, Gram] = {}
     inputs = {}
@@ -54,6 +70,9 @@ def collect(model: Llama, task: Task, windows: int) -> Statistics:
     squares = {n: SquareSum() for n in names if n.rpartition(".")[2] in ("q", "k")}
     influence = [Influence() for _ in model.blocks]
     outputs = {model.get_submodule(n): acc for n, acc in squares.items()}
+    for name, accumulator in (beside or {}).items():
+        module = model.get_submodule(leader_of(name))
+        inputs[module] = Each(inputs[module], accumulator)
     with tapped(inputs, outputs, dict(zip(model.blocks, influence))):
         run_calibration(model, task, windows)
     if not grams[head].rows:

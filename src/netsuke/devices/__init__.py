@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import msgspec
 
-from netsuke.devices.budget import Budget, format_bytes, format_seconds, parse_bytes
+from netsuke.devices.budget import Budget, format_bytes, format_seconds, parse_bytes, parse_seconds
 from netsuke.devices.cost import Cost, Work
 from netsuke.devices.device import Device
 from netsuke.verb import verb
 
-__all__ = ["Budget", "Cost", "Device", "Work", "devices", "format_bytes", "format_seconds", "parse_bytes"]
+__all__ = [
+    "Budget",
+    "Cost",
+    "Device",
+    "Work",
+    "devices",
+    "format_bytes",
+    "format_seconds",
+    "parse_bytes",
+    "parse_seconds",
+]
 
 
 @verb

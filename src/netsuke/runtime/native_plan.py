@@ -46,13 +46,15 @@ def native_plan(
 
 
 def native_work(
-    cfg: LlamaConfig, layers: dict[str, dict], *, context: int, tokens: int, batch: int = 1, kv: str = "float16"
-) -> Work:
+    cfg: LlamaConfig, layers: dict[str, dict], *, context: int, tokens: int, batch: int = 1, kv: str = "float16",
+    shares: dict[str, float] | None = None,
+) -> Work:  # fmt: skip
     """The work of one pass over `tokens` tokens: a prompt's, or with `tokens` = 1 the decoding of one token after
     `context` - 1 others.
 
     Weights are read once per pass of `CHUNK` rows; quantized maps multiply int8, all others and attention float32. Of an
     embedding table that is no output head only the tokens' rows are read. The head works on the last position alone.
+    `shares` tells of input-sparse maps which share of their weights a decoded token reads (prompts read all).
     """
     maps = linear_layers(cfg, layers)
     head = maps["embed" if cfg.tied else "head"]
@@ -64,11 +66,12 @@ def native_work(
     attention = pairs * sum(cfg.heads * (2 * cfg.pair_count(i) + b.value_dim) for i, b in enumerate(cfg.blocks))
     passes = -(-tokens // CHUNK)
     rows = {m.name: tokens if m is not head else 1 for m in (*inner, head)}
+    share = {m.name: (shares or {}).get(m.name, 1.0) if tokens == 1 else 1.0 for m in (*inner, head)}
     macs = {32: attention, 8: 0.0}
     for m in (*inner, head):
         for part in m.factors if m.spec["kind"] == "lowrank" else (m, *m.factors):
-            macs[32 if part.float_bytes else 8] += rows[m.name] * part.macs
-    read = passes * (sum(m.bytes for m in inner) + head.bytes + small_tensors(cfg))
+            macs[32 if part.float_bytes else 8] += rows[m.name] * share[m.name] * part.macs
+    read = passes * (sum(round(share[m.name] * m.bytes) for m in (*inner, head)) + small_tensors(cfg))
     read += KV_BYTES[kv] * batch * seen * sum(cfg.kv_width(i) for i in range(len(cfg.blocks)))
     if not cfg.tied:
         read += min(batch * tokens, cfg.vocab) * maps["embed"].bytes // cfg.vocab
