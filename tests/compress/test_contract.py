@@ -37,6 +37,7 @@ SAMPLES = {
         {"sparsity": 0.4, "narrowest": 40, "calibration": 8},
         {"sparsity": 0.5, "rho": 0.7, "narrowest": 60, "score": "released", "per_layer": {"blocks.1.o": [0.3, 0.5]}},
     ],
+    "heal": [{"steps": 10, "batch": 4}, {"steps": 5, "parts": ["norms", "dense"], "seed": 3}],
     # without its warm start, which back-propagates through one block, it keeps the rule of no gradients as well
     "zeroqat": [{"w": 4, "group": 16, "steps": 3, "batch": 4, "rate": 1e-3, "warm": 0, "every": 2, "validation": 1}],
     "mobilequant": [
@@ -46,8 +47,10 @@ SAMPLES = {
 }
 LEARNS = {
     "mobilequant",
+    "heal",
     "inherit",
 }  # methods that say they train and do it by gradients, unless their knob `learn` is off
+TAKES_ALL = {"heal"}  # whatever the maps are stored as
 TAKES_CODES = {"sparsify"}  # methods that treat quantized maps: quantize first
 UNEVEN = (BlockShape(80, 12), BlockShape(53, 7, ((0, 2, 5), (1, 2, 3))))
 MODELS = {
@@ -88,6 +91,8 @@ def carve(task):
 
 def saved(method, model, task):
     """What the method promises to make less of."""
+    if method.saves == "loss":
+        return task.mean_loss(model, "validation")
     if method.saves == "bytes":
         return sum(m.bytes() for m in model.linears().values())
     with decoding(model):
@@ -173,6 +178,9 @@ def test_composes_with_quantization(name, knobs, model, carve, task):
 @matrix
 def test_refuses_by_the_layer_s_name(name, knobs, model, carve, task):
     method, _, _ = carve(name, knobs, model)
+    if name in TAKES_ALL:
+        assert "torch" not in (method.accepts(torch.nn.Linear(2, 2)) or "torch")
+        return
     packed = MODELS[model]()
     kind, layer = "quant", quantize_linear(packed.blocks[1].down, 4, 16, "rtn")
     if name in TAKES_CODES:

@@ -21,7 +21,7 @@ class Method:
     `apply` returns a new model and leaves its argument untouched; it is deterministic under the method's seed; it keeps
     gradients off unless `trains` says otherwise. `strengths` runs from the identity to the strongest sensible setting.
 
-    saves    what gets less with strength: "bytes" of the stored model, or "traffic", the weights read per decoded token
+    saves    what gets less with strength: "bytes" of the stored model, "traffic", the weights read per decoded token, or "loss"
     """
 
     name: ClassVar[str]
@@ -60,10 +60,11 @@ def registry() -> dict[str, type[Method]]:
     from netsuke.compress.modegpt import MoDeGPT
     from netsuke.compress.quantize import Quantize
     from netsuke.compress.sparsify import Sparsify
+    from netsuke.train.heal import Heal
     from netsuke.train.mobilequant import MobileQuant
     from netsuke.train.zeroqat import ZeroQAT
 
-    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Inherit, Sparsify, ZeroQAT, MobileQuant)}
+    return {m.name: m for m in (Quantize, MoDeGPT, Factorize, Inherit, Sparsify, ZeroQAT, MobileQuant, Heal)}
 
 
 def from_json(value: dict[str, Any]) -> Method:

@@ -86,6 +86,7 @@ class Heal(Method):
     paper: ClassVar[str] = "PEQA: Memory-Efficient Fine-Tuning of Compressed Large Language Models (NeurIPS 2023)"
     trains: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
+    saves: ClassVar[str] = "loss"
 
     steps: int = 100
     parts: tuple[str, ...] = PARTS
@@ -121,7 +122,7 @@ class Heal(Method):
         return heal(work, task, self, before, on_step) if self.steps else work
 
     def strengths(self) -> list[Method]:
-        return [replace(self, steps=n) for n in (0, 50, 200)]
+        return [replace(self, steps=n) for n in (0, 20, 60)]
 
 
 def heal(
