@@ -1,6 +1,7 @@
 """Plugins on one base: attached without a copy, merged by products, taken off without a trace, found by their texts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ def model():
     return tiny_llama()
 
 
-def plugin(model, name: str, seed: int, rank: int = 3, maps=MAPS, key=None) -> Plugin:
+def plugin(model, name: str, seed: int, rank: int = 3, maps=MAPS, texts=None) -> Plugin:
     rng, linears = torch.Generator().manual_seed(seed), model.linears()
     thin = {
         n: (torch.randn(rank, linears[n].ins, generator=rng), 0.1 * torch.randn(linears[n].outs, rank, generator=rng))
         for n in maps
     }
-    return Plugin(name, fingerprint(model), thin, {name: 0.9}, (), key)
+    found = {} if texts is None else adapters.text_key(model, texts)
+    return Plugin(name, fingerprint(model), thin, {name: 0.9}, (), **found)
 
 
 def product(p: Plugin, name: str) -> torch.Tensor:
@@ -64,6 +66,9 @@ def test_merging_adds_products_not_factors(model):
     naive = merge([a, c], [0.5, 0.5], "naive", how="factors")
     cross = product(naive, MAPS[0]) - 0.5 * product(a, MAPS[0]) - 0.5 * product(c, MAPS[0])
     assert float(cross.norm()) > 0.3 * float(product(a, MAPS[0]).norm())  # the cross terms that products do not have
+    keyed = [plugin(model, n, i, texts=IDS[i : i + 2]) for i, n in enumerate("ab")]
+    torch.testing.assert_close(merge(keyed, [1, 1], "x").key, (keyed[0].key + keyed[1].key) / 2)
+    assert both.key is None and merge([keyed[0], b], [1, 1], "x").spread is None
     gone = merge([both, a, b], [1.0, -0.7, 0.3], "nothing")
     torch.testing.assert_close(attach(model, gone)(IDS), model(IDS), rtol=1e-3, atol=1e-3)
 
@@ -71,12 +76,13 @@ def test_merging_adds_products_not_factors(model):
 @torch.no_grad()
 def test_a_rack_finds_the_plugin_of_a_text_and_shares_the_base(model):
     rng = torch.Generator().manual_seed(5)
-    texts = {n: torch.randint(a, a + 30, (12, 10), generator=rng) for n, a in (("low", 0), ("mid", 32), ("high", 64))}
-    made = [
-        plugin(model, n, i, key=adapters.mean_embedding(model, t[:8]).mean(0)) for i, (n, t) in enumerate(texts.items())
-    ]
+    texts = {n: torch.randint(a, a + 30, (104, 10), generator=rng) for n, a in (("low", 0), ("mid", 32), ("high", 64))}
+    made = [plugin(model, n, i, texts=t[:100]) for i, (n, t) in enumerate(texts.items())]
     rack = Rack(model, made)
-    mixed = torch.cat([t[8:] for t in texts.values()])
+    mixed = torch.cat([t[100:] for t in texts.values()])
+    wide = Rack(model, [replace(p, spread=torch.eye(48)) for p in made])  # no direction counts more than another
+    near = torch.cdist(adapters.mean_embedding(model, mixed), torch.stack([p.key for p in made]))
+    assert wide.choose(mixed) == [list(texts)[i] for i in near.argmin(1).tolist()]
     assert rack.choose(mixed) == ["low"] * 4 + ["mid"] * 4 + ["high"] * 4
     got = rack(mixed, prompt=6)
     assert rack.trace == rack.choose(mixed[:, :6]) and rack.bytes() == model.bytes() + 3 * made[0].bytes()
@@ -85,11 +91,11 @@ def test_a_rack_finds_the_plugin_of_a_text_and_shares_the_base(model):
 
 
 def test_files_are_kept_and_checked(model, tmp_path):
-    path, one = tmp_path / "a.safetensors", plugin(model, "a", 1, key=torch.ones(48))
+    path, one = tmp_path / "a.safetensors", plugin(model, "a", 1, texts=IDS)
     one.write(path)
     back = adapters.read_plugin(path)
     assert (back.id, back.base, back.skills, back.parents) == (one.id, one.base, one.skills, one.parents)
-    assert torch.equal(back.key, one.key)
+    assert torch.equal(back.key, one.key) and torch.equal(back.spread, one.spread)
     assert all(torch.equal(x, y) for n in MAPS for x, y in zip(back.thin[n], one.thin[n]))
     entry = one.brick("a.safetensors")
     assert entry.bytes == one.bytes() and Manifest(one.base).plus(entry).brick("a").kind == "adapter"
@@ -129,6 +135,6 @@ def test_misuse_is_refused_in_a_sentence(model):
         merge([a, wrong], [1, 1], "x")
     with pytest.raises(NetsukeError, match="it has no key"):
         Rack(model, [a])
-    keyed = plugin(model, "a", 1, key=torch.ones(48))
+    keyed = plugin(model, "a", 1, texts=IDS)
     with pytest.raises(NetsukeError, match="two plugins have this id"):
         Rack(model, [keyed, keyed])

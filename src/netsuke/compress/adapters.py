@@ -8,7 +8,8 @@ tensors, none of which changes; twenty plugins take one base and twenty pairs of
              ("factors": Σ √w_i B_i · Σ √w_i A_i, which has cross terms and needs equal ranks; what PEFT calls linear). A negative
              weight subtracts a skill
     burned   one dense model with a plugin inside: keep the plugin, low precision has no way back
-    Rack     several plugins on one base and a rule which of them answers: the nearest mean embedding of its training text
+    Rack     several plugins on one base and a rule which of them answers: the one whose texts have the nearest mean embedding, in
+             the measure of how texts of one kind differ among themselves (coding is wider than mathematics)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netsuke.compress.bricks import Brick, check_base, fingerprint
-from netsuke.compress.decompose import balanced, svd
+from netsuke.compress.decompose import balanced, safe_cholesky, svd
 from netsuke.errors import NetsukeError
 from netsuke.layers.adapter import Adapter
 from netsuke.layers.linear import Dense, LinearBase
@@ -33,6 +34,7 @@ from netsuke.models.llama import Llama
 from netsuke.models.weights import WeightFile, check_finite, read_header, write_safetensors
 
 HOWS = ("products", "factors")
+RIDGE = 0.1  # on the mean spread: a few hundred texts do not know all directions
 FORMAT = "netsuke-plugin 1"
 Thin = dict[str, tuple[Tensor, Tensor]]  # linear map -> first (r, I), second (O, r)
 
@@ -40,7 +42,7 @@ Thin = dict[str, tuple[Tensor, Tensor]]  # linear map -> first (r, I), second (O
 @dataclass(frozen=True)
 class Plugin:
     """Thin factors by map name, made for the base with this `fingerprint`. `key` (C,) is the mean embedding of the texts that
-    it learned from, by which a Rack finds it."""
+    it learned from and `spread` (C, C) the covariance of theirs: by these a Rack finds it."""
 
     id: str
     base: str
@@ -48,6 +50,7 @@ class Plugin:
     skills: dict[str, float] = field(default_factory=dict)
     parents: tuple[str, ...] = ()
     key: Tensor | None = None
+    spread: Tensor | None = None
 
     def bytes(self) -> int:
         return sum(t.nbytes for pair in self.thin.values() for t in pair)
@@ -60,8 +63,7 @@ class Plugin:
     def write(self, path: Path) -> None:
         """As safetensors. Raises NetsukeError for NaN and for a disk that refuses."""
         tensors = {f"{n}.{part}": t for n, pair in self.thin.items() for part, t in zip(("first", "second"), pair)}
-        if self.key is not None:
-            tensors["key"] = self.key
+        tensors |= {n: t for n, t in (("key", self.key), ("spread", self.spread)) if t is not None}
         for name, t in tensors.items():
             check_finite(name, t, f"the plugin {self.id}")
         about = {"id": self.id, "base": self.base, "skills": self.skills, "parents": list(self.parents)}
@@ -81,7 +83,7 @@ def read_plugin(path: Path) -> Plugin:
     tensors = {name: file.get(name) for name in file.names()}
     for name, t in tensors.items():
         check_finite(name, t, path)
-    key, thin = tensors.pop("key", None), {}
+    key, spread, thin = tensors.pop("key", None), tensors.pop("spread", None), {}
     for name in sorted({n.rpartition(".")[0] for n in tensors}):
         pair = tensors.get(f"{name}.first"), tensors.get(f"{name}.second")
         if (
@@ -90,7 +92,7 @@ def read_plugin(path: Path) -> Plugin:
         ):
             raise NetsukeError(asked, f"{name} has no pair of factors that fit", "first (r, I) and second (O, r)")
         thin[name] = pair
-    return Plugin(thin=thin, skills=skills, key=key, **known)
+    return Plugin(thin=thin, skills=skills, key=key, spread=spread, **known)
 
 
 def shared(model: Llama) -> Llama:
@@ -156,10 +158,12 @@ def merge(
                 asked, f"{n} is {' and '.join(f'{o} by {i}' for o, i in sorted(shapes))}", "maps of one shape"
             )
         thin[n] = _averaged(pairs, asked, n) if how == "factors" else _stacked(pairs, rank)
-    keys = [p.key for p in plugins if p.key is not None]
-    key = torch.stack(keys).mean(0) if len(keys) == len(plugins) else None
+    kept = [p for p in plugins if p.key is not None and p.spread is not None]
+    found = {
+        n: torch.stack([getattr(p, n) for p in kept]).mean(0) for n in ("key", "spread") if len(kept) == len(plugins)
+    }
     skills = {s: v for p, w in zip(plugins, weights) if w > 0 for s, v in p.skills.items()}
-    return Plugin(name, plugins[0].base, thin, skills, tuple(p.id for p in plugins), key)
+    return Plugin(name, plugins[0].base, thin, skills, tuple(p.id for p in plugins), **found)
 
 
 def _averaged(pairs: list[tuple[float, Tensor, Tensor]], asked: str, name: str) -> tuple[Tensor, Tensor]:
@@ -185,9 +189,16 @@ def mean_embedding(model: Llama, ids: Tensor) -> Tensor:
     return F.normalize(model.embed.rows(ids).double().mean(1), dim=-1).float()
 
 
+def text_key(model: Llama, ids: Tensor) -> dict[str, Tensor]:
+    """The `key` and `spread` of texts (N, T)."""
+    rows = mean_embedding(model, ids).double()
+    off = rows - rows.mean(0)
+    return {"key": rows.mean(0).float(), "spread": (off.T @ off / len(rows)).float()}
+
+
 class Rack:
-    """Plugins on one base. `choose` names the plugin whose key is nearest by cosine, once the mean over all keys is taken off:
-    what all texts have in common tells nothing. `trace` lists what answered, in order.
+    """Plugins on one base. `choose` names the plugin whose key is nearest, with the mean of all spreads as measure (the rule of
+    linear discriminants, Fisher 1936). `trace` lists what answered, in order.
 
     Raises NetsukeError for plugins without a key, of another base or of one id.
     """
@@ -197,23 +208,28 @@ class Rack:
         sha = fingerprint(base)
         self.models: dict[str, Llama] = {}
         for p in plugins:
-            if p.key is None:
-                raise NetsukeError(f"rack {p.id!r}", "it has no key", "plugins trained with texts", "give key=")
+            if p.key is None or p.spread is None:
+                raise NetsukeError(
+                    f"rack {p.id!r}", "it has no key", "plugins trained with texts", "text_key(base, texts)"
+                )
             if p.id in self.models:
                 raise NetsukeError(f"rack {p.id!r}", "two plugins have this id", "ids of their own")
             self.models[p.id] = attach(base, p, sha)
-        keys = torch.stack([p.key.double() for p in plugins])
-        self.centre = keys.mean(0)
-        self.keys = F.normalize(keys - self.centre, dim=-1)
+        self.root, _ = safe_cholesky(torch.stack([p.spread.double() for p in plugins]).mean(0), RIDGE)
+        self.keys = self.even(torch.stack([p.key for p in plugins]))
 
-    def similarity(self, ids: Tensor) -> Tensor:
-        """Cosine of texts (N, T) with every plugin's key: (N, plugins)."""
-        return F.normalize(mean_embedding(self.base, ids).double() - self.centre, dim=-1) @ self.keys.T
+    def even(self, rows: Tensor) -> Tensor:
+        """Embeddings (N, C) in the measure of the spreads, float64."""
+        return torch.linalg.solve_triangular(self.root, rows.double().T, upper=False).T
+
+    def distance(self, ids: Tensor) -> Tensor:
+        """From texts (N, T) to every plugin's key: (N, plugins)."""
+        return torch.cdist(self.even(mean_embedding(self.base, ids)), self.keys)
 
     def choose(self, ids: Tensor) -> list[str]:
         """For each text of (N, T) the id of its plugin."""
         names = list(self.models)
-        return [names[i] for i in self.similarity(ids).argmax(1).tolist()]
+        return [names[i] for i in self.distance(ids).argmin(1).tolist()]
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, prompt: int | None = None) -> Tensor:

@@ -2,8 +2,8 @@
 
 "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W x + B A x with A (r, I) drawn at random and B (O, r) zero at the
 start, both stepped by AdamW. Only the factors have gradients and moments: 16 bytes for each of their weights. Works on
-quantized bases as well ("QLoRA", 2023). The plugin remembers the mean embedding of its texts, by which it can be found
-(compress/adapters.py).
+quantized bases as well ("QLoRA", 2023). The plugin remembers the mean embedding of its texts and how they spread, by which it is
+found (compress/adapters.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from netsuke.compress.adapters import Plugin, adapted, mean_embedding, thin_of
+from netsuke.compress.adapters import Plugin, adapted, text_key, thin_of
 from netsuke.compress.bricks import fingerprint
 from netsuke.errors import NetsukeError
 from netsuke.layers.adapter import BASES
@@ -30,14 +30,14 @@ class Lora:
 
     rank     of every thin map; 4 is enough to follow a domain
     steps    of `batch` texts
-    rate     of AdamW at its height; the factors bear a hundred times the rate of full training
+    rate     of AdamW at its height; five times more forgets what the base knew of other texts
     targets  leaf names of the maps that get factors
     seed     of the first factors and the order of texts
     """
 
     rank: int = 4
     steps: int = 60
-    rate: float = 5e-3
+    rate: float = 1e-3
     targets: tuple[str, ...] = LINEARS
     batch: int = 8
     seed: int = 0
@@ -85,5 +85,5 @@ def train_plugin(
     finally:
         torch.set_grad_enabled(was)
         torch.set_rng_state(state)
-    key = mean_embedding(model, texts).mean(0)
-    return Plugin(name, fingerprint(model), thin_of(work), skills or {}, (), key), history.losses
+    made = Plugin(name, fingerprint(model), thin_of(work), skills or {}, (), **text_key(model, texts))
+    return made, history.losses
