@@ -1,7 +1,7 @@
 """A feed-forward part as equal groups of neurons, of which a token runs a few.
 
 "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (ACL Findings 2022). Neurons that are alike go together:
-by parameters (gate rows) or by co-activation (a neuron's indicator on some thousand tokens; harms half as much, needs text).
+by parameters (gate rows) or by co-activation (a neuron's indicator on some thousand tokens; harms a quarter less, needs text).
 Rows of length 1 go to E centres by k-means in which every centre takes F/E of them (an assignment problem, solved exactly, in
 every round). Neurons move whole: row of gate, row of up, column of down. Weights stay; only what runs changes.
 

@@ -16,9 +16,11 @@ What differs, and why
     Seven functions of instructions become five of plain text (code, mathematics, knowledge, writing, translation); an instance
     is 64 tokens of a document. Neurons are scored on train text and cut on test text.
     Cutting is real: layers get narrower. The paper masks.
-    Groups: the parent clusters gate rows; clustering by co-activation harms half as much and is what is measured here, both are
+    Groups: the parent clusters gate rows; clustering by co-activation harms a quarter less and is what is measured here, both are
     there. Its router predicts summed activations; ours predicts their shares, by cross-entropy.
     Plugins average products B A, not the factors A and B (PEFT's "linear", a switch): factors have cross terms.
+    Retrieval: mean embeddings by plain cosine find the right plugin for 73 to 100 % of validation texts (code is wide, the others
+    narrow); distances in the measure of the texts' own spread find 96 to 100 %.
     Resident neurons: at work, above their layer's median, on more than 90 % of the tokens of every function.
 
 What the controls are
