@@ -6,6 +6,7 @@ import textwrap
 import pytest
 import torch
 
+from netsuke import train
 from netsuke.compress import compress
 from netsuke.errors import NetsukeError
 from netsuke.models.load import load
@@ -92,3 +93,31 @@ def test_refusals_write_nothing(begun, text, tmp_path):
         with pytest.raises(NetsukeError, match=words):
             call(str(tmp_path / f"out{i}"))
         assert not list(tmp_path.glob(f"out{i}*"))
+
+
+def test_the_verb_begins_and_trains(text, tmp_path):
+    got = train(
+        "new", data=text, on="here", parameters="150K", vocab=400, context=64, steps=6, min_tps=1.0,
+        speed=lambda cfg: 100.0, out=str(tmp_path / "made"),
+    )  # fmt: skip
+    assert abs(got["parameters"] / 150_000 - 1) <= 0.01 and got["steps"] == 6
+    assert load(got["artifact"]).tokenizer.vocab == 400
+    again = train(got["artifact"], data=text, on="here", steps=3, out=str(tmp_path / "more"))
+    assert again["bits_per_byte"][0] == pytest.approx(got["bits_per_byte"][1], abs=0.01)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made.netsuke", "more.netsuke"]
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"model": "new"}, "no number of parameters"),
+        ({"model": "new", "parameters": "many"}, "--parameters"),
+        ({"model": "new", "parameters": "2M", "min_tps": 9.0}, "no way to tell"),
+        ({"model": "pycode", "on": "there"}, "no such place"),
+        ({"model": "pycode", "rounds": 3}, "rounds 3"),
+    ],
+)
+def test_misuse_of_the_verb(settings, says, text, tmp_path):
+    with pytest.raises(NetsukeError, match=says):
+        train(**{"data": text, "on": "here", "out": str(tmp_path / "none"), **settings})
+    assert not list(tmp_path.iterdir())

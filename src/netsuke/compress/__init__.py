@@ -33,8 +33,7 @@ def compress(
     from netsuke.models.save import save_artifact
     from netsuke.tasks.language import language_task
 
-    tell, target = on_progress or (lambda *_: None), Path(out)
-    check_writable(target)
+    tell, target = on_progress or (lambda *_: None), check_writable(Path(out))
     values = [m if isinstance(m, Method) else parse(m) if isinstance(m, str) else from_json(m) for m in methods]
     tell("reading", 0, 0)
     before, loaded = describe(model), load(model)

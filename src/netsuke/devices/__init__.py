@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from netsuke.devices.budget import Budget, format_bytes, format_seconds, parse_bytes, parse_seconds
+from netsuke.devices.budget import Budget, format_bytes, format_seconds, parse_bytes, parse_count, parse_seconds
 from netsuke.devices.cost import Cost, Work
 from netsuke.devices.device import Device
 from netsuke.verb import verb
@@ -18,6 +18,7 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "parse_bytes",
+    "parse_count",
     "parse_seconds",
 ]
 

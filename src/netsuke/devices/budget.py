@@ -28,6 +28,7 @@ BYTES = {
 SECONDS = {"": "1", "ns": "1e-9", "us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3", "s": "1", "min": "60"}
 JOULES = {"": "1", "nJ": "1e-9", "uJ": "1e-6", "µJ": "1e-6", "μJ": "1e-6", "mJ": "1e-3", "J": "1", "kJ": "1e3"}
 FRACTIONS = {"": "1", "%": "0.01"}
+COUNTS = {"": "1", "k": "1e3", "m": "1e6", "b": "1e9"}
 
 NUMBER = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?\s*([a-zµμ%]*)\s*", re.IGNORECASE)
 LARGEST = Decimal(2**63 - 1)  # more than any file or address: refused before it becomes an integer of megabytes
@@ -83,6 +84,15 @@ def parse_fraction(text: Quantity, option: str = "a fraction") -> float:
     if number > 1:
         raise NetsukeError(f"read {option}", f"{text!r} is more than the whole", 'a share such as "2%" or 0.02', "2%")
     return number
+
+
+def parse_count(text: Quantity, option: str = "a number") -> int:
+    """2000000 from "2M", "2000K" or a plain number. NetsukeError names `option`."""
+    lower = text.lower() if isinstance(text, str) else text
+    number = _number(lower, COUNTS, option, 'numbers such as "2M", "500K" or "1.5B"', "2M")
+    if number < 1:
+        raise NetsukeError(f"read {option}", f"{text!r} is less than one", "one or more", "2M")
+    return round(number)
 
 
 def _scaled(value: float, steps: list[tuple[float, str]]) -> str:

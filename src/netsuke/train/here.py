@@ -10,6 +10,7 @@ To start from a larger model instead of random weights: `netsuke compress BIG --
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def train_here(
     }
     save(target, half_precision(net), loaded.tokenizer, provenance, facts)
     return {**facts, "artifact": str(target)}
+
+
+def train_new(
+    data: str, count: int, vocab: int, out: str, *, context: int = 256, min_speed: float = 0.0,
+    speed: Callable[[LlamaConfig], float] | None = None, **training: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """`begin_small` and `train_here` in one: nothing is written but the trained model. Returns what both report."""
+    check_writable(Path(out))
+    with tempfile.TemporaryDirectory() as folder:
+        begun = begin_small(
+            data, count, vocab, f"{folder}/new", context=context, min_speed=min_speed, speed=speed,
+            seed=training.get("seed", 0),
+        )  # fmt: skip
+        return {**begun, **train_here(begun["artifact"], data, out, **training)}
 
 
 def passes(rows: int, batch: int, step: int, seed: int) -> Tensor:
