@@ -139,7 +139,7 @@ class Moefied:
 def moefied(name: str, quick: bool) -> Moefied:
     """Groups of every block and trained routers."""
     model, count = model_of(name), GROUPS.get(name, 64)
-    batches = [scored(name, d, quick)[:ROUTED, :-1] for d in DOMAINS]
+    batches = [scored(name, d, quick)[: 10 if quick else ROUTED, :-1] for d in DOMAINS]
     groups = neuron_groups.partition(model, count, batches)
     knobs = RouterKnobs(steps=20) if quick else RouterKnobs()
     hidden = [b.hidden for b in model.cfg.blocks]
