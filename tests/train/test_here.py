@@ -121,3 +121,16 @@ def test_misuse_of_the_verb(settings, says, text, tmp_path):
     with pytest.raises(NetsukeError, match=says):
         train(**{"data": text, "on": "here", "out": str(tmp_path / "none"), **settings})
     assert not list(tmp_path.iterdir())
+
+
+def test_compress_trims_the_vocabulary_or_says_what_is_missing(trained, text, tmp_path):
+    got = compress(trained["artifact"], [], out=str(tmp_path / "trimmed"), data=text, vocab=340)
+    assert got["pieces"] == [400, 340] and got["bytes"][1] < got["bytes"][0]
+    for settings, says in (
+        ({"methods": ["quantize:solver=rtn"], "data": text}, "methods beside it"),
+        ({"methods": []}, "no text"),
+        ({"methods": [], "data": text, "vocab": 12}, "340|specials and bytes"),
+    ):
+        with pytest.raises(NetsukeError, match=says):
+            compress(trained["artifact"], **{"out": str(tmp_path / "none"), "vocab": 340, **settings})
+    assert [p.name for p in tmp_path.iterdir()] == ["trimmed.netsuke"]
