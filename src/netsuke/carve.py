@@ -160,7 +160,8 @@ class Carving:
         from netsuke.runtime.engine import Engine
 
         with Engine.of_model(model, context=self.context) as engine:
-            speed = decoding_speed(engine.forward, engine.truncate, engine.vocab, engine.context)
+            text = self.task.ids("validation")[: 4 * self.context].tolist()
+            speed = decoding_speed(engine.forward, engine.truncate, engine.vocab, engine.context, text=text)
         return {
             "per_token": speed.token, "first_token": speed.prompt,
             "how": f"measured on this machine in the native engine ({speed.prompt_tokens} prompt tokens)",
