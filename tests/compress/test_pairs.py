@@ -56,7 +56,7 @@ def test_the_order_holds_all_methods():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("one, two", itertools.combinations(ORDER, 2))
+@pytest.mark.parametrize("one, two", list(itertools.combinations(ORDER, 2)))
 def test_pair(one, two, kind, first, task, tmp_path):
     made = first(one, kind)
     if isinstance(made, str):

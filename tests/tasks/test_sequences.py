@@ -162,7 +162,9 @@ def test_spoiled_recordings_are_refused_by_name(tmp_path, name, data, found):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"plain", gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc"), gzip.compress(b"\0\1\x08\x01")]
+    "data",
+    [b"", b"plain", gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc", mtime=0), gzip.compress(b"\0\1\x08\x01", mtime=0)],
+    ids=["empty", "plain", "short", "cut header"],
 )
 def test_spoiled_idx_files_are_refused(tmp_path, monkeypatch, data):
     monkeypatch.setenv("NETSUKE_DATA", str(tmp_path))
