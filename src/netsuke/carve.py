@@ -35,6 +35,7 @@ REPAIRS = 4
 CUT_FACTORS = (1.0, 2.0, math.inf)
 MOST_FACTOR = 2.0  # of unread weights, which stay a choice where cuts are left out
 HEAL_BATCH = 8  # windows a step
+LEAST_HEALED = 1e-4  # nats per token: less is rounding
 TIMED_STEPS = 2  # of healing, to know how many fit into the time that was given
 LOGIT_LIMIT = 1e-3
 ENGINE_LIMIT = 5e-3  # nats per token; int8 activations and a float16 cache give 2e-4 on pycode at any bits
@@ -360,7 +361,7 @@ class Carving:
         for last in made.methods[len(trained) :]:
             model, methods = last.apply(model, self.task), [*methods, last]
         loss = self.loss_as_decoded(model, "validation", CHECK)
-        if loss < made.loss:
+        if made.loss - loss > LEAST_HEALED:
             self.winner = replace(made, model=model, methods=methods, loss=loss, healed=made.loss - loss)
             self.candidates.append(self.winner)
         self.lap("heal")
