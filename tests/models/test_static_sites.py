@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from netsuke.errors import NetsukeError
+from netsuke.export.gguf import write
 from netsuke.layers.static import StaticGrid, TokenGrid
 from netsuke.models.load import load
 from netsuke.models.places import MANIFEST
@@ -71,3 +72,9 @@ def test_hostile_entries_are_refused(folder, sites, words):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sites": sites}))
     with pytest.raises(NetsukeError, match=words):
         load(folder)
+
+
+def test_gguf_refuses_what_llama_cpp_would_compute_otherwise(folder, tmp_path):
+    with pytest.raises(NetsukeError, match=r"quantized to grids \(at blocks\.0\.hidden and 1 more"):
+        write(load(folder), tmp_path / "out.gguf", 8)
+    assert not (tmp_path / "out.gguf").exists()

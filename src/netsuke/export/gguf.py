@@ -31,6 +31,7 @@ from netsuke.models.gguf_file import BLOCK, IDS, TYPES, Pending, pack_blocks, wr
 from netsuke.models.gguf_tokenizer import to_metadata
 from netsuke.models.llama import Llama, LlamaConfig
 from netsuke.models.load import Loaded
+from netsuke.models.static_sites import standing_grids
 
 BITS = {16: "F16", 8: "Q8_0", 4: "Q4_0"}
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's number for a file of mostly this type
@@ -40,6 +41,9 @@ KINDS = ("dense", "quant")
 
 def architecture(cfg: LlamaConfig, asked: str) -> str:
     """The name under which llama.cpp knows such a model. Raises NetsukeError for what it cannot express, by block."""
+    if cfg.mixture is not None:
+        found = f"block {cfg.mixture} is a mixture of {cfg.blocks[cfg.mixture].experts} experts"
+        raise NetsukeError(asked, found, "one feed-forward part a block")
     for i, block in enumerate(cfg.blocks):
         if block.pairs is not None:
             found = f"block {i} has {cfg.pair_count(i)} of {cfg.head_dim // 2} rotary pairs left"
@@ -165,6 +169,9 @@ def write(loaded: Loaded, out: Path, bits: int) -> dict[str, Any]:
     model: Llama = loaded.model
     cfg, asked = model.cfg, f"export {loaded.source} to gguf"
     arch = architecture(cfg, asked)
+    if standing := standing_grids(model):
+        found = f"its activations are quantized to grids (at {next(iter(standing))} and {len(standing) - 1} more sites)"
+        raise NetsukeError(asked, found, "activations in floats: llama.cpp would compute something else")
     linears = model.linears()
     for name, layer in linears.items():
         if layer.spec()["kind"] not in KINDS:
