@@ -51,6 +51,7 @@ CARD = "pi-zero-2w"
 SPEEDS = (0.5, 0.35)  # of the 16-bit model's time per token
 BATCHES = 8  # of validation text on which settings are compared; fit uses as many
 BAR = 0.8
+TURNS = 5
 SINGLES: dict[str, list[list[Method]]] = {
     "rounding": [[Quantize(b, solver="rtn")] for b in (8, 4, 3, 2)],
     "quantize": [[Quantize(b)] for b in (8, 4, 3, 2)],
@@ -107,9 +108,9 @@ class Bench:
             return sum(f.stat().st_size for f in saved.iterdir())
 
     def speed(self, model: Llama) -> float:
-        """Tokens/s over those of the 16-bit model, medians of five rounds in turn."""
+        """Tokens/s over those of the 16-bit model: the median of `TURNS` turns, both sides in each."""
         ratios = []
-        for _ in range(3):
+        for _ in range(TURNS):
             times = []
             for one in (self.half, model):
                 with Engine.of_model(one, context=self.task.context) as engine:
