@@ -127,9 +127,7 @@ class Factorize(Method):
             raise NetsukeError(asked, f"solver={self.solver!r}", ", ".join(SOLVERS))
         if self.solver == "random" and self.energy is not None:
             raise NetsukeError(asked, "an energy with random factors, which keep none", "a rank")
-        for knob, least in (("finetune", 0), ("calibration", 1), ("seed", 0)):
-            if type(getattr(self, knob)) is not int or getattr(self, knob) < least:
-                raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", f"a whole number from {least}")
+        self.require_whole(finetune=0, calibration=1, seed=0)
         if not (_number(self.floor) and 0 <= self.floor <= 0.1):
             raise NetsukeError(asked, f"floor={self.floor!r}", "0 to 0.1")
         # The class tells of its defaults; a value that looks at weights alone asks for no text.

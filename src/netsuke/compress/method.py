@@ -40,6 +40,13 @@ class Method:
     def strengths(self) -> list[Method]:
         raise NotImplementedError
 
+    def require_whole(self, **least: int) -> None:
+        """Raises NetsukeError for the first of the named knobs that is no whole number from its least value on."""
+        for knob, lowest in least.items():
+            value = getattr(self, knob)
+            if type(value) is not int or value < lowest:
+                raise NetsukeError(f"build {self.name}", f"{knob}={value!r}", f"a whole number from {lowest}")
+
     def to_json(self) -> dict[str, Any]:
         return {"method": self.name, **dataclasses.asdict(self)}
 

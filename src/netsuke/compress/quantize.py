@@ -298,9 +298,7 @@ class Quantize(Method):
         for knob, value in wanted.items():
             if value not in (*WIDTHS, 16):
                 raise NetsukeError(asked, f"{knob}={value!r}", "16, 8, 4, 3, 2")
-        for knob in ("group", "calibration"):
-            if not isinstance(getattr(self, knob), int) or getattr(self, knob) < 1:
-                raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", "a whole number from 1")
+        self.require_whole(group=1, calibration=1)
         if self.solver not in SOLVERS:
             raise NetsukeError(asked, f"solver={self.solver!r}", ", ".join(SOLVERS))
         # The class tells of its defaults; a value that rounds to nearest, or does nothing, asks for no text.

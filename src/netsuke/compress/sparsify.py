@@ -101,9 +101,7 @@ class Sparsify(Method):
         for knob, allowed in words.items():
             if getattr(self, knob) not in allowed:
                 raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", ", ".join(allowed))
-        for knob, least in (("population", 4), ("generations", 1), ("trial", 1), ("narrowest", 2), ("calibration", 1)):
-            if type(getattr(self, knob)) is not int or getattr(self, knob) < least:
-                raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", f"a whole number from {least}")
+        self.require_whole(population=4, generations=1, trial=1, narrowest=2, calibration=1)
         # The class tells of its defaults; a value that does nothing asks for no text.
         object.__setattr__(self, "needs_data", not self.is_identity)
 

@@ -100,9 +100,7 @@ class Heal(Method):
         asked = f"build {self.name}"
         if not set(self.parts) <= set(PARTS) or not self.parts:
             raise NetsukeError(asked, f"parts={','.join(self.parts)}", f"some of {', '.join(PARTS)}")
-        for knob, least in (("steps", 0), ("batch", 1), ("seed", 0)):
-            if not isinstance(getattr(self, knob), int) or getattr(self, knob) < least:
-                raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", f"a whole number from {least}")
+        self.require_whole(steps=0, batch=1, seed=0)
         for knob in ("rate", "dense"):
             if not 0 < getattr(self, knob) < 1:
                 raise NetsukeError(asked, f"{knob}={getattr(self, knob)}", "a number between 0 and 1")

@@ -296,9 +296,7 @@ class MobileQuant(Method):
         for knob, allowed in choices.items():
             if getattr(self, knob) not in allowed:
                 raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", ", ".join(allowed))
-        for knob in ("calibration", "epochs", "batch"):
-            if type(getattr(self, knob)) is not int or getattr(self, knob) < 1:
-                raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", "a whole number from 1")
+        self.require_whole(calibration=1, epochs=1, batch=1)
         for knob in ("let_rate", "lwc_rate", "lrl_rate"):
             if not isinstance(getattr(self, knob), int | float) or not 0 <= getattr(self, knob) < 1:
                 raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", "0 up to 1")

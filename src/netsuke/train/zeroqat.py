@@ -122,13 +122,8 @@ class ZeroQAT(Method):
         for knob, known in (("trainable", tuple(MOVED)), ("grid", GRIDS)):
             if getattr(self, knob) not in known:
                 raise NetsukeError(asked, f"{knob}={getattr(self, knob)!r}", ", ".join(known))
-        for knob, least in (
-            ("group", 0), ("steps", 0), ("batch", 1), ("micro", 1), ("warm", 0), ("calibration", 1), ("every", 1),
-            ("validation", 1), ("tokens", 2),
-        ):  # fmt: skip
-            value = getattr(self, knob)
-            if (type(value) is not int or value < least) and not (knob == "tokens" and value is None):
-                raise NetsukeError(asked, f"{knob}={value!r}", f"a whole number from {least}")
+        tokens = {} if self.tokens is None else {"tokens": 2}
+        self.require_whole(group=0, steps=0, batch=1, micro=1, warm=0, calibration=1, every=1, validation=1, **tokens)
         if self.minutes is not None and not self.minutes > 0:
             raise NetsukeError(asked, f"minutes={self.minutes!r}", "a number above 0, or none")
         if not 0 <= self.alpha <= 1:
