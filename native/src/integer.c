@@ -57,6 +57,15 @@ typedef struct {
   int32_t count, width, vocab, context, heads, kv_heads, window, head_shift, widest, unused;
 } nsi_model;
 
+typedef struct { /* one pass; row i is token ids[i] at place at[i] of the sequence slots[i], whose rows come in order */
+  const int32_t *ids, *slots, *at;
+  const uint8_t *want; /* 1: its logits */
+  int8_t *cache;       /* of every sequence and block keys (kv_heads, context, 2R), then values (kv_heads, context, D) */
+  int64_t *logits;     /* (wanted, vocab) */
+  uint64_t stride;     /* bytes of one sequence in `cache` */
+  int32_t rows, unused;
+} nsi_call;
+
 static int32_t clip(int64_t x, int32_t low, int32_t high) { return x < low ? low : x > high ? high : (int32_t)x; }
 
 static int32_t scaled(const nsi_scale *s, int64_t total) {
@@ -242,12 +251,19 @@ static uint64_t taken(uint8_t **at, uint64_t count, uint64_t size) { /* the plac
   return here;
 }
 
-/* ids (T) after `start` tokens that the cache holds -> logits (rows, vocab), rows 1 (the last token) or T. `cache`: of every block
- * keys (kv_heads, context, 2R), then values (kv_heads, context, D). 0, or -1 without memory. */
-int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t *cache, int64_t *logits, int rows) {
-  int C = m->width, group = m->heads / m->kv_heads;
-  uint64_t wide = (uint64_t)m->widest * (uint64_t)T; /* widest: of all activations of a token */
-  uint8_t *memory = malloc(13 * wide + 5 * (uint64_t)T + 12 * (uint64_t)m->widest + 10 * (uint64_t)m->context + 64 * 13), *at = memory;
+/* Bytes that a pass over T rows takes beside the cache and the logits. widest: of all activations of a token. */
+uint64_t nsi_room(int32_t widest, int32_t context, int32_t T) {
+  uint64_t wide = (uint64_t)widest * (uint64_t)T;
+  return 13 * wide + 5 * (uint64_t)T + 12 * (uint64_t)widest + 10 * (uint64_t)context + 64 * 13;
+}
+
+/* The logits of the wanted rows, and all rows in the cache. What a row gives does not depend on those of other sequences.
+ * 0, or -1 without memory. */
+int nsi_forward(const nsi_model *m, const nsi_call *call) {
+  int C = m->width, T = call->rows, group = m->heads / m->kv_heads;
+  const int32_t *ids = call->ids;
+  uint64_t wide = (uint64_t)m->widest * (uint64_t)T, passed = 0; /* passed: bytes of a sequence's cache before this block */
+  uint8_t *memory = malloc(nsi_room(m->widest, m->context, T)), *at = memory;
   if (!memory) return -1;
   int16_t *x = (void *)(uintptr_t)taken(&at, wide, 2), *n = (void *)(uintptr_t)taken(&at, wide, 2);
   int16_t *q = (void *)(uintptr_t)taken(&at, wide, 2), *k = (void *)(uintptr_t)taken(&at, wide, 2);
@@ -268,27 +284,32 @@ int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t
   for (int l = 0; l < m->count; l++) {
     const nsi_block *b = &m->blocks[l];
     int R = b->pairs, D = b->value_dim, F = b->hidden, H = m->heads, K = m->kv_heads;
-    int8_t *keys = cache, *values = cache + (size_t)K * m->context * 2 * R;
-    cache = values + (size_t)K * m->context * D;
+    int8_t *keys = call->cache + passed, *values = keys + (size_t)K * m->context * 2 * R;
+    passed += (uint64_t)K * m->context * (2 * R + D);
     norm_rows(&b->attn_norm, x, b->stream_zero, n, in, out, T, C);
     linear(&b->q, n, q, T, bytes, eights);
     linear(&b->k, n, k, T, bytes, eights);
     linear(&b->v, n, v, T, bytes, eights);
-    for (int t = 0; t < T; t++)
+    for (int t = 0; t < T; t++) {
+      size_t own = call->stride * (size_t)call->slots[t], place = (size_t)call->at[t];
       for (int h = 0; h < K; h++) {
         int16_t *key = k + ((size_t)t * K + h) * 2 * R, *value = v + ((size_t)t * K + h) * D;
-        turn(&b->k_turn, key, b->tables > 1 ? h : 0, start + t, m->context, R, b->k_zero);
-        for (int i = 0; i < 2 * R; i++) keys[((size_t)h * m->context + start + t) * 2 * R + i] = (int8_t)key[i];
-        for (int i = 0; i < D; i++) values[((size_t)h * m->context + start + t) * D + i] = (int8_t)value[i];
+        turn(&b->k_turn, key, b->tables > 1 ? h : 0, call->at[t], m->context, R, b->k_zero);
+        for (int i = 0; i < 2 * R; i++) keys[own + ((size_t)h * m->context + place) * 2 * R + i] = (int8_t)key[i];
+        for (int i = 0; i < D; i++) values[own + ((size_t)h * m->context + place) * D + i] = (int8_t)value[i];
       }
-    for (int t = 0; t < T; t++)
+    }
+    for (int t = 0; t < T; t++) {
+      size_t own = call->stride * (size_t)call->slots[t];
+      int last = call->at[t], first = m->window && last >= m->window ? last - m->window + 1 : 0;
       for (int h = 0; h < H; h++) {
         int16_t *query = q + ((size_t)t * H + h) * 2 * R;
-        int last = start + t, first = m->window && last >= m->window ? last - m->window + 1 : 0;
         turn(&b->q_turn, query, b->tables > 1 ? h / group : 0, last, m->context, R, b->q_zero);
-        attend(b, query, keys + (size_t)(h / group) * m->context * 2 * R, values + (size_t)(h / group) * m->context * D,
-               n + ((size_t)t * H + h) * D, first, last, scores, weights, sums);
+        attend(b, query, keys + own + (size_t)(h / group) * m->context * 2 * R,
+               values + own + (size_t)(h / group) * m->context * D, n + ((size_t)t * H + h) * D, first, last, scores, weights,
+               sums);
       }
+    }
     linear(&b->o, n, y, T, bytes, eights);
     for (int64_t i = 0; i < (int64_t)T * C; i++) x[i] = (int16_t)summed(&b->middle, x[i] - b->stream_zero, y[i] - b->o_zero);
     norm_rows(&b->mlp_norm, x, b->middle_zero, n, in, out, T, C);
@@ -301,11 +322,13 @@ int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t
       for (int64_t i = 0; i < (int64_t)T * C; i++) x[i] = (int16_t)summed(&b->joint, x[i] - b->middle_zero, y[i] - b->down_zero);
   }
   const nsi_block *end = &m->blocks[m->count - 1];
-  for (int t = T - rows; t < T; t++) {
+  int64_t *line = call->logits;
+  for (int t = 0; t < T; t++) {
+    if (!call->want[t]) continue;
     for (int i = 0; i < C; i++)
       in[i] = summed(&m->left, x[(size_t)t * C + i] - end->middle_zero, y[(size_t)t * C + i] - end->down_zero);
     norm(&m->norm, in, out, C);
-    int64_t all = 0, *line = logits + (size_t)(t - (T - rows)) * m->vocab;
+    int64_t all = 0;
     for (int i = 0; i < C; i++) all += out[i];
     for (int o = 0; o < m->vocab; o++) {
       const uint8_t *w = m->head + (size_t)o * C;
@@ -313,14 +336,16 @@ int nsi_forward(const nsi_model *m, const int32_t *ids, int T, int start, int8_t
       for (int i = 0; i < C; i++) sum += out[i] * w[i]; /* 22 by 8 bits */
       line[o] = ((sum - all * m->head_zeros[o]) * m->head_m[o] + ((int64_t)1 << (m->head_shift - 1))) >> m->head_shift;
     }
+    line += m->vocab;
   }
   free(memory);
   return 0;
 }
 
-/* Bytes of the structures, for a caller that lays them out itself. */
-int nsi_sizes(int32_t sizes[6]) {
-  const size_t all[6] = {sizeof(nsi_scale), sizeof(nsi_linear), sizeof(nsi_norm), sizeof(nsi_turn), sizeof(nsi_block), sizeof(nsi_model)};
-  for (int i = 0; i < 6; i++) sizes[i] = (int32_t)all[i];
-  return 6;
+/* Bytes of the structures, for a caller that lays them out itself. Returns how many there are. */
+int nsi_sizes(int32_t sizes[7]) {
+  const size_t all[7] = {sizeof(nsi_scale), sizeof(nsi_linear), sizeof(nsi_norm), sizeof(nsi_turn),
+                         sizeof(nsi_block), sizeof(nsi_model),  sizeof(nsi_call)};
+  for (int i = 0; i < 7; i++) sizes[i] = (int32_t)all[i];
+  return 7;
 }

@@ -18,19 +18,21 @@ to 22, as int32, and logits are int64 in steps of 2^-16.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from netsuke.errors import NetsukeError
-from netsuke.layers.quantized import QuantLinear
 from netsuke.layers.static import StaticGrid
 from netsuke.models.llama import SITES, Block, Llama, LlamaConfig
 from netsuke.runtime.integer_ops import Codes, Norm, Rescale, Softmax, centred, sigmoid_table, signed_multipliers
 
 ASKED = "run a model in integers"
+INSTEAD = "netsuke compress MODEL --method mobilequant, or --backend torch"
 STREAM_BITS = 24  # sizes of what leaves the last block are below 2^24
 LOGIT_STEP = 2.0**-16
 At = Callable[[int, str, Codes], Codes]
@@ -44,45 +46,61 @@ class IntegerLinear:
     """codes of y from codes of x: Σ w (x − z) + b, rescaled per row. w int8 (O, I)."""
 
     def __init__(self, layer: Any, name: str, x: StaticGrid, y: StaticGrid):
-        w, scales = _symmetric(layer, name)
-        self.w, self.x, self.bits = w, x, layer.bits
+        check_map(name, layer.spec(), layer.ins)
+        self.half = 1 << (layer.bits - 1)
+        if not bool((layer.zeros == self.half).all()):
+            raise NetsukeError(ASKED, f"{name} has zero points", "symmetric weights", INSTEAD)
+        self.layer, self.x, self.bits = layer, x, layer.bits
         bias = None if layer.bias is None else layer.bias.double().numpy() / y.scale
-        self.rescale = Rescale.of(x.scale * scales / y.scale, y, bias)
+        self.rescale = Rescale.of(x.scale * layer.scales.double().numpy()[:, 0] / y.scale, y, bias)
         # 8 by 8 bits stay inside int32 up to 131,072 inputs, 16 by 8 bits only up to 256
-        self.sum = np.int32 if x.bits == 8 and w.shape[1] <= 1 << 16 else np.int64
+        self.sum = np.int32 if x.bits == 8 and layer.ins <= 1 << 16 else np.int64
+
+    def unpacked(self) -> np.ndarray:
+        """w, made anew from the stored codes w + half."""
+        from netsuke.layers.packing import unpack
+
+        codes = unpack(self.layer.codes, self.bits, self.layer.ins).numpy()
+        return (codes - np.uint8(self.half)).view(np.int8)  # modulo 256
+
+    @functools.cached_property
+    def w(self) -> np.ndarray:
+        return self.unpacked()
 
     def __call__(self, codes: Codes) -> Codes:
         total = centred(codes, self.x).astype(self.sum) @ self.w.T.astype(self.sum)
         return self.rescale(total)
 
 
-def _symmetric(layer: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """int8 weights (O, I) and the scale of every row, float64. Raises NetsukeError for other formats."""
-    from netsuke.layers.packing import unpack
+def check_map(name: str, spec: dict[str, Any], ins: int) -> None:
+    """Raises NetsukeError, by name, for a map of `ins` inputs that is not stored as the integers this needs."""
+    if spec["kind"] != "quant" or spec["group"] != ins:
+        raise NetsukeError(ASKED, f"{name} is stored as {spec}", "quantized maps with one scale per row", INSTEAD)
 
-    if not isinstance(layer, QuantLinear) or layer.group != layer.ins:
-        found = f"{name} is stored as {layer.spec()}"
-        raise NetsukeError(ASKED, found, "quantized maps with one scale per row", "--method mobilequant")
-    half = 1 << (layer.bits - 1)
-    if not bool((layer.zeros == half).all()):
-        raise NetsukeError(ASKED, f"{name} has zero points", "symmetric weights", "--method mobilequant")
-    codes = unpack(layer.codes, layer.bits, layer.ins).numpy().astype(np.int16) - half
-    return codes.astype(np.int8), layer.scales.double().numpy()[:, 0]
+
+def check_table(name: str, spec: dict[str, Any], ins: int) -> None:
+    """The same for the embedding and the output head."""
+    if spec["kind"] != "quant" or spec["bits"] != 8 or spec["group"] < ins:
+        raise NetsukeError(ASKED, f"{name} is stored as {spec}", "8 bits with one scale per row", INSTEAD)
+
+
+def static_grids(block: Block) -> dict[str, StaticGrid]:
+    """The grids of a block by site. Raises NetsukeError for the first site that has none, or one that is too wide."""
+    i, grids = block.layer, {s: g for s, g in block.sites.items() if isinstance(g, StaticGrid)}
+    for site in SITES:
+        if site not in grids:
+            raise NetsukeError(ASKED, f"blocks.{i}.{site} has no static grid", "a grid at every site", INSTEAD)
+    if grids["gate"].bits != 8:
+        found = f"blocks.{i}.gate has 16 bits"
+        raise NetsukeError(ASKED, found, "8 bits: its sigmoid is a table of 256 entries", "--backend torch")
+    return grids
 
 
 class IntegerBlock:
     def __init__(self, block: Block, context: int):
         cfg, i = block.cfg, block.layer
         self.layer, self.heads, self.kv_heads, self.window = i, cfg.heads, cfg.kv_heads, cfg.window
-        self.grids: dict[str, StaticGrid] = {s: g for s, g in block.sites.items() if isinstance(g, StaticGrid)}
-        g = self.grids
-        for site in SITES:
-            if site not in g:
-                raise NetsukeError(
-                    ASKED, f"blocks.{i}.{site} has no static grid", "a grid at every site", "--method mobilequant"
-                )
-        if g["gate"].bits != 8:
-            raise NetsukeError(ASKED, f"blocks.{i}.gate has 16 bits", "8 bits: its sigmoid is a table of 256 entries")
+        self.grids = g = static_grids(block)
         reads = {
             "q": "attn_in",
             "k": "attn_in",
@@ -164,9 +182,9 @@ class IntegerBlock:
 class IntegerModel:
     """A model in integers. `bytes` of its constants; `forward` and `generate` run it, one sequence at a time."""
 
-    def __init__(self, model: Llama):
-        self.cfg = model.cfg
-        self.blocks = [IntegerBlock(b, model.cfg.context) for b in model.blocks]
+    def __init__(self, model: Llama, context: int | None = None):
+        self.cfg = model.cfg if context is None else msgspec.structs.replace(model.cfg, context=context)
+        self.blocks = [IntegerBlock(b, self.cfg.context) for b in model.blocks]
         first, last = self.blocks[0].grids["attn_stream"], self.blocks[-1].grids
         self.table, table_zeros, scales = _per_row(model.embed, "embed")
         self.table_zeros = table_zeros
@@ -194,10 +212,12 @@ class IntegerModel:
         self.head_m, self.head_shift = (m.astype(np.int64) + 256) >> 9, shift - 9
 
     @classmethod
-    def of_model(cls, model: Llama) -> IntegerModel:
-        """Raises NetsukeError, naming the map or site, for anything that is not a static integer."""
+    def of_model(cls, model: Llama, context: int | None = None) -> IntegerModel:
+        """For sequences of up to `context` tokens (default and most: the model's). Raises NetsukeError, naming the map or
+        site, for anything that is not a static integer, and for another context."""
+        check_context(context, model.cfg)
         try:
-            return cls(model)
+            return cls(model, context)
         except ValueError as e:
             raise NetsukeError(ASKED, f"the scales of two neighbouring grids are too far apart ({e})") from e
 
@@ -236,6 +256,12 @@ class IntegerModel:
             step = [token]
 
 
+def check_context(context: int | None, cfg: LlamaConfig) -> None:
+    """Raises NetsukeError for a context that the model does not have."""
+    if context is not None and not 1 <= context <= cfg.context:
+        raise NetsukeError(ASKED, f"a context of {context} tokens", f"1 to the model's {cfg.context}")
+
+
 def check_tokens(ids: Sequence[int], cfg: LlamaConfig, held: int) -> np.ndarray:
     """The tokens as int64. Raises NetsukeError for none, for those outside the vocabulary and for too many."""
     out = np.asarray(ids, np.int64)
@@ -249,6 +275,5 @@ def check_tokens(ids: Sequence[int], cfg: LlamaConfig, held: int) -> np.ndarray:
 
 def _per_row(layer: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """uint8 codes (O, I), zero points and scales of every row. Raises NetsukeError for another format."""
-    if not isinstance(layer, QuantLinear) or layer.bits != 8 or layer.group < layer.ins:
-        raise NetsukeError(ASKED, f"{name} is stored as {layer.spec()}", "8 bits with one scale per row")
+    check_table(name, layer.spec(), layer.ins)
     return layer.codes.numpy(), layer.zeros.numpy()[:, 0].astype(np.int32), layer.scales.double().numpy()[:, 0]
