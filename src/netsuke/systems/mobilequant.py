@@ -15,7 +15,7 @@ What differs, and why
     The official code is under a licence that forbids commercial use; nothing of it is here. q↔k scales are tied over rotary
     pairs, without which they are not exact (the control of the folding claim). Ranges are learned as logarithms of their ends;
     the paper's steps of 1e-6 on a scale and a zero point are a switch and do nothing in hundreds of steps. Learning is short:
-    160 steps of 2 windows on stories260K, 96 on `wide`, rates to match, against 60,000 of one window. Norm weights are rounded to
+    160 steps of 2 windows on stories260K, 64 on `wide`, rates to match, against 60,000 of one window. Norm weights are rounded to
     16 bits but not clipped. 16-bit grids are symmetric, so that int16 holds them.
 
 Models
