@@ -1,0 +1,126 @@
+"""The generated parts of docs/methods.md: what was measured of the shrinking methods, from benchmarks/results and results/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(path: str) -> Any:
+    file = ROOT / path
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def where(run: dict[str, Any]) -> str:
+    return f"{run['cpu']}, {run['cores']} cores, torch {run['torch']}, {run['date']}, commit {run['commit']}"
+
+
+def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows)).replace(" --- ", "---")
+
+
+def settings(methods: list[dict[str, Any]]) -> str:
+    """The knobs of a setting that are not defaults, as the command line writes them."""
+    from netsuke.compress.method import registry
+
+    words = []
+    for one in methods:
+        usual = registry()[one["method"]]().to_json()
+        knobs = ",".join(f"{k}={v}" for k, v in one.items() if v != usual.get(k))
+        words.append(f"`{one['method']}{':' if knobs else ''}{knobs}`")
+    return " then ".join(words) or "as trained"
+
+
+def chart() -> str:
+    got = read("benchmarks/results/methods.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/methods.py --json`."
+    return (
+        "![Quality against bytes and against speed](methods.svg)\n\n"
+        f"`{got['model']}`, perplexity on validation text; speed in the native engine over the 16-bit model's, medians of turns "
+        f"(`python benchmarks/methods.py`; {where(got['run'])}). Stars: what `fit` carved at each budget."
+    )
+
+
+def duels() -> str:
+    """`fit` against the best single setting inside the same budget."""
+    got = read("benchmarks/results/methods.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/methods.py --json`."
+    rows = []
+    for d in got["duels"]:
+        budget = ", ".join(f"{k} {amount(k, v)}" for k, v in d["budget"].items())
+        ours = f"+{d['excess_fit']:.4f} nats, {d['fit']['bytes'] / 1e6:.2f} MB"
+        single, ratio = "none fits", "–"
+        if "single" in d:
+            single = f"{settings(d['single_methods'])}: +{d['excess_single']:.4f} nats"
+            ratio = f"{d['ratio']:.2f}"
+        rows.append([budget, ours, single, ratio])
+    met = sum(d.get("met", True) for d in got["duels"])
+    return (
+        table(("budget", "`fit`, all choices", "best single setting", "ratio of excess losses"), rows)
+        + f"\n\nExcess loss over the 16-bit model on test text, scored once. At most {got['bar']} is the bar: met at {met} of "
+        f"{len(got['duels'])} budgets. Latencies are those of the card of {got['device']}."
+    )
+
+
+def amount(key: str, text: str) -> str:
+    return f"{float(text[:-1]) / 1e6:.2f} MB" if key == "storage" else f"{float(text[:-1]) * 1e3:.2f} ms per token"
+
+
+def points() -> str:
+    got = read("benchmarks/results/methods.json")
+    if got is None:
+        return "Not measured yet."
+    floor = got["validation"]
+    rows = [
+        [
+            p["name"], settings(p["methods"]), f"{p['bytes'] / 1e6:.2f} MB", f"x{p['validation'] / floor:.3f}",
+            f"x{p['speed']:.2f}", f"{p['seconds']:.0f} s",
+        ]
+        for p in got["points"]
+    ]  # fmt: skip
+    return table(("method", "setting", "bytes", "perplexity", "tokens/s", "time to make it"), rows)
+
+
+def carved() -> str:
+    """`fit` for this machine beside llama.cpp's files."""
+    got = read("benchmarks/results/carved.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/carved.py --json`."
+    rows = [
+        [
+            f"`fit`, {r['side']}" if r["methods"] else f"llama.cpp {r['side']}", f"{r['bytes'] / 1e6:.2f} MB",
+            f"{r['rise']:+.2%}", f"{r['tokens_per_second']:,.0f} ({r['quartiles'][0]:,.0f} to {r['quartiles'][2]:,.0f})",
+        ]
+        for r in got["rows"]
+    ]  # fmt: skip
+    said = "; ".join(
+        f"beside {d['peer']} **{d['ratio']:.2f}x** (bar {d['bar']}x) at {d['rise']:+.2%} ({d['allowed']:.2%} allowed): "
+        f"{'met' if d['met'] else 'not met'}"
+        for d in got["duels"]
+    )
+    busy = f"; load {got['load_average']:.1f} when it began" if got["load_average"] > 0.5 else ""
+    return (
+        table(("side", "bytes", "perplexity, test text, own runtime", "tokens/s (quartiles)"), rows)
+        + f"\n\n`{got['model']}`, {got['settings']['threads']} threads each, sides in turn "
+        f"(`python benchmarks/carved.py`; {where(got['run'])}{busy}): {said}."
+    )
+
+
+def claim(system: str, start: str) -> str:
+    """What was measured for the claims of a system whose text starts so."""
+    got = read(f"results/{system}.json")
+    if got is None:
+        return f"Not measured yet: `netsuke reproduce {system}`."
+    rows = [c for c in got["claims"] if c["text"].startswith(start)]
+    return "\n".join(f"- {c['text']}: {c['measured']} (bar {c['bar']}: {c['verdict']})" for c in rows)
+
+
+PARTS = {
+    "methods-chart": chart, "methods-duels": duels, "methods-points": points, "methods-carved": carved,
+    "methods-memory": lambda: claim("zeroqat", "memory"),
+}  # fmt: skip
