@@ -2,9 +2,9 @@
 
     python benchmarks/carved.py [--model pycode] [--json]
 
-Files of the peer are made by its own quantizer, at its defaults, from the 16-bit GGUF. Two carvings: one may lose 3 %, one no more
-than Q4_0 was seen to lose on validation text. All four decode in turn, a token at a time, medians of rounds; every side's loss
-is taken from its own logits, in its own runtime, on the same windows of test text, once.
+Files of the peer are made by its own quantizer, at its defaults, from the 16-bit GGUF. Two carvings: one may lose 3 %, one
+no more than Q4_0 was seen to lose on validation text. All four decode in turn, a token at a time, medians of rounds; every
+side's loss is taken from its own logits, in its own runtime, on the same windows of test text, once.
 """
 
 from __future__ import annotations
