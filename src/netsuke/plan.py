@@ -5,7 +5,6 @@ Small networks for microcontrollers are planned in network_plan.py.
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from netsuke.errors import NetsukeError
 from netsuke.verb import verb
 
 if TYPE_CHECKING:
+    from netsuke.devices.cost import Cost
     from netsuke.models.load import Described
     from netsuke.runtime.memory_plan import MemoryPlan
 
@@ -36,7 +36,8 @@ def plan(
     prompt    tokens given at once; default: memory for all the context, time to the first token for 128
     train     "full" or "last-K": plan one training step on `batch` windows of `tokens` tokens as well
 
-    backend   what runs it: "native" (the engine; `kv` keeps keys and values as "float16" or "int8") or "torch"
+    backend   what runs it: "native" (the engine; `kv` keeps keys and values as "float16" or "int8"), "torch", or "integer",
+              the integer-only decoder, which is meant by "native" for a model with static grids
 
     RAM is the process' (Python, where the device runs it) plus the model's peak; training always runs in PyTorch. Times
     come from the device's figures, not from a run. Raises NetsukeError for an unusable model, device or size.
@@ -52,10 +53,12 @@ def plan(
         return plan_network(model, device, train)
     card = Device.load(device)
     from netsuke.models.load import describe
-    from netsuke.runtime import memory_plan, native_plan
+    from netsuke.runtime import integer_plan, memory_plan, native_plan
+    from netsuke.runtime.engine import check_cache
+    from netsuke.runtime.executors import executor_of
 
-    if backend not in ("native", "torch"):
-        raise NetsukeError(f"plan for the backend {backend!r}", "there is no such backend", "native, torch")
+    backend = executor_of(model, backend)
+    check_cache(kv)
     facts = describe(model)
     cfg = facts.config
     context = min(context or CONTEXT, cfg.context)
@@ -63,8 +66,11 @@ def plan(
         raise NetsukeError(f"plan with --prompt {prompt}", f"the context is {context}", f"at most {context - 1}")
     python, native = "native" in card.homes, backend == "native"
     process = (native_plan.PROCESS if native else memory_plan.PROCESS["torch"]) if python else 0
+    headers = integer_plan.headers_of(model) if backend == "integer" else None
 
     def planned(length: int) -> MemoryPlan:
+        if headers is not None:
+            return integer_plan.integer_plan(headers, context=length, batch=batch)
         sizes = {"context": length, "batch": batch, "threads": card.cores}
         if native:
             return native_plan.native_plan(cfg, facts.layers, kv=kv, **sizes)
@@ -73,13 +79,18 @@ def plan(
     def memory_at(length: int) -> int:
         return process + planned(length).peak
 
-    work_of = functools.partial(native_plan.native_work, kv=kv) if native else memory_plan.work_of
+    def cost(tokens: int) -> Cost:
+        asked = {"context": context, "batch": batch, "tokens": tokens}
+        if headers is not None:
+            return integer_plan.integer_cost(card, headers, **asked)
+        if native:
+            return card.cost(native_plan.native_work(cfg, facts.layers, kv=kv, **asked))
+        return card.cost(memory_plan.work_of(cfg, facts.layers, **asked))
+
     running = planned(context)
     total = process + running.peak
-    asked = {"context": context, "batch": batch}
     timed = min(prompt or PROMPT, max(context - 1, 1))
-    first = card.cost(work_of(cfg, facts.layers, tokens=timed, **asked))
-    token = card.cost(work_of(cfg, facts.layers, tokens=1, **asked))
+    first, token = cost(timed), cost(1)
     out: dict[str, Any] = {
         "model": model, "device": card.name, "backend": backend, "context": context, "batch": batch, "prompt": prompt,
         "memory": {**running.as_dict(), "process": process, "total": total, "limit": card.ram, "moment": running.moment},
@@ -92,10 +103,15 @@ def plan(
             else f"predicted from the figures of {card.name} (model, not measured)",
         },
     }  # fmt: skip
+    notes = []
+    if headers is not None:
+        notes.append("its activations stand on static grids: the integer-only decoder runs it, on one core")
     if not python:
-        out["note"] = (
+        notes.append(
             f"{card.name} runs {', '.join(card.homes)}, not Python: the memory of its own runtime is not counted"
         )
+    if notes:
+        out["note"] = "; ".join(notes)
     binding = [
         name for name, over in (("ram", total > card.ram), ("storage", facts.bytes_on_disk > card.storage)) if over
     ]
@@ -151,7 +167,7 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="plan training too: full or last-K; small networks: plan.json")
         ] = None,
         tokens: Annotated[int, typer.Option(help="tokens per training window")] = 256,
-        backend: Annotated[str, typer.Option(help="native (the engine) or torch")] = "native",
+        backend: Annotated[str, typer.Option(help="native (the engine, or in integers), integer, torch")] = "native",
         kv: Annotated[str, typer.Option(help="keys and values as float16 or int8 (native)")] = "float16",
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
     ) -> None:

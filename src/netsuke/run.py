@@ -16,8 +16,6 @@ import typer
 from netsuke.errors import NetsukeError
 from netsuke.verb import verb
 
-BACKENDS = ("native", "torch")
-
 
 @verb
 def run(
@@ -28,8 +26,9 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Completes `prompt` and returns {text, prompt, timings…}; `on_text` receives the pieces as they are made.
 
-    backend  "native": the engine in C, which reads weights from the mapped file; "torch": the reference runtime
-    kv       keys and values as "float16" or "int8" (native only; the reference keeps float32)
+    backend  "native": the engine in C, which reads weights from the mapped file, or for a model with static grids the
+             integer-only decoder; "integer": that one or nothing; "torch": the reference runtime
+    kv       keys and values as "float16" or "int8" (the engine's; the reference keeps float32, the decoder int8)
     inputs   files for a small network, which has no prompt; `emulate` and `out` are for it too (run_network.py)
 
     Greedy at temperature 0. Raises NetsukeError for an unusable model, prompt or setting.
@@ -47,19 +46,19 @@ def run(
             "run with these settings", f"temperature {temperature}, top-p {top_p}, tokens {new_tokens}, threads {threads}",
             "temperature >= 0, 0 < top-p <= 1, tokens and threads >= 1",
         )  # fmt: skip
-    if backend not in BACKENDS:
-        raise NetsukeError(f"run with the backend {backend!r}", "there is no such backend", ", ".join(BACKENDS))
     from netsuke.models.tokenizer import Decoder, Tokenizer
+    from netsuke.runtime.executors import executor_of, open_executor
     from netsuke.runtime.timings import Timings
 
     timings, sampling = Timings(), {"temperature": temperature, "top_p": top_p, "seed": seed}
     with contextlib.ExitStack() as stack:
         tokenizer: Tokenizer | None
-        if backend == "native":
-            from netsuke.runtime import engine as native
+        backend = executor_of(model, backend)
+        if backend != "torch":
+            from netsuke.runtime.engine import generate as decode
 
-            engine = stack.enter_context(native.Engine.load(model, context=context, kv=kv, threads=threads))
-            tokenizer, source = engine.tokenizer, functools.partial(native.generate, engine)
+            engine = stack.enter_context(open_executor(model, backend, context=context, kv=kv, threads=threads))
+            tokenizer, source = engine.tokenizer, functools.partial(decode, engine)
         else:
             import torch
 
@@ -97,7 +96,11 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
         context: Annotated[int | None, typer.Option(help="tokens of context; default: the model's")] = None,
         backend: Annotated[
-            str, typer.Option(help="native (C), or the reference: torch for text, reference for small networks")
+            str,
+            typer.Option(
+                help="native (C; in integers where activations have static grids), integer (only so), or the reference: "
+                "torch for text, reference for small networks"
+            ),
         ] = "native",
         kv: Annotated[str, typer.Option(help="keys and values as float16 or int8 (native)")] = "float16",
         threads: Annotated[int | None, typer.Option(help="default: one per core")] = None,
@@ -108,7 +111,9 @@ def register(app: typer.Typer) -> None:
         out: Annotated[str | None, typer.Option("-o", "--out", help="small networks: outputs as .npy")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object with timings")] = False,
     ) -> None:
-        if backend == "torch":
+        from netsuke.runtime.executors import has_static_grids
+
+        if backend == "torch" or has_static_grids(model):
             from netsuke.runtime.allocator import return_freed_memory
 
             return_freed_memory()  # so that the process takes what `netsuke plan` says; not for a host that imports us

@@ -27,6 +27,7 @@ from netsuke.runtime.timings import Timings
 if TYPE_CHECKING:
     from netsuke.models.llama import Llama
     from netsuke.models.tokenizer import Tokenizer
+    from netsuke.runtime.integer_engine import IntegerEngine
 
 CHUNK = 256  # rows per forward: larger chunks are hardly faster and take more memory
 HASHED = 256 << 20  # bytes of weights whose sha256 `load` checks: 0.15 s; what is larger is held against its size alone
@@ -65,16 +66,16 @@ def engine_plan(
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that an engine would take for an artifact with this manifest: {weights (mapped), kv_cache, activations,
     scratch, tables, allocated (all but weights)}. Raises NetsukeError for settings that no engine has."""
-    _check_runs(manifest, "plan the engine's memory")
+    check_runs(manifest, "plan the engine's memory")
     try:
         return _native().plan(
-            json.dumps(manifest), context or 0, slots, chunk, logit_rows, threads or 0, _cache(kv)
+            json.dumps(manifest), context or 0, slots, chunk, logit_rows, threads or 0, check_cache(kv)
         )  # fmt: skip
     except ValueError as e:
         raise _refuse("plan the engine's memory", e) from e
 
 
-def _check_runs(manifest: dict[str, Any], asked: str) -> None:
+def check_runs(manifest: dict[str, Any], asked: str) -> None:
     """Raises NetsukeError for what only the PyTorch runtime runs."""
     config = manifest.get("config")
     for i, block in enumerate(config.get("blocks") or () if isinstance(config, dict) else ()):
@@ -86,7 +87,7 @@ def _check_runs(manifest: dict[str, Any], asked: str) -> None:
         raise NetsukeError(
             asked, f"its activations are quantized to grids (at {first} and {len(sites) - 1} more sites)",
             "models without such sites: the engine would compute something else",
-            "--backend torch, or the integer-only executor (netsuke.runtime.integer)",
+            "netsuke run or serve, which run static grids in integers, or --backend torch",
         )  # fmt: skip
 
 
@@ -98,7 +99,8 @@ def plan_of(cfg: Any, layers: dict[str, dict], **settings: Any) -> dict[str, int
     return engine_plan(manifest | {"layers": layers}, **settings)
 
 
-def _cache(kv: str) -> str:
+def check_cache(kv: str) -> str:
+    """`kv`. Raises NetsukeError when it is no kind of cache."""
     if kv not in KV:
         raise NetsukeError(f"use a key/value cache of {kv!r}", "that is no kind of cache", ", ".join(KV))
     return kv
@@ -113,6 +115,8 @@ class Engine:
     isa         "avx512", "avx2", "neon", "scalar" (default: the best of this processor)
     """
 
+    backend = "native"
+
     def __init__(
         self, folder: Path, *, context: int | None = None, slots: int = 1, chunk: int = CHUNK, logit_rows: int = 0,
         threads: int | None = None, kv: str = "float16", isa: str = "", source: str | None = None,
@@ -120,10 +124,10 @@ class Engine:
         self.source = source or str(folder)
         native = _native()
         self.manifest = read_json(folder / MANIFEST)
-        _check_runs(self.manifest, f"load {self.source}")
+        check_runs(self.manifest, f"load {self.source}")
         try:
             self._core = native.Engine(
-                str(folder), context or 0, slots, chunk, min(logit_rows, chunk), threads or 0, _cache(kv), isa
+                str(folder), context or 0, slots, chunk, min(logit_rows, chunk), threads or 0, check_cache(kv), isa
             )
         except ValueError as e:
             raise _refuse(f"load {self.source}", e) from e
@@ -195,13 +199,7 @@ class Engine:
         (default: a slot's single row). Raises NetsukeError, and no sequence has grown, for a token outside the
         vocabulary, a full context, or too many rows.
         """
-        try:
-            row, slot = np.asarray(tokens, np.int32), np.asarray(slots, np.int32)
-        except (OverflowError, ValueError, TypeError) as e:
-            raise NetsukeError(f"run {self.source}", f"tokens or slots are no integers ({e})", "small integers") from e
-        if row.shape != slot.shape or row.ndim != 1 or not row.size:
-            raise NetsukeError("run the model", f"{row.size} tokens for {slot.size} slots", "as many, and at least one")
-        last = np.append(slot[1:] != slot[:-1], True)
+        row, slot, last = rows_of(self.source, tokens, slots)
         flags = (last if want is None else np.asarray(want, bool)).astype(np.uint8)
         alone = last & np.append(True, last[:-1]) if generated is None else np.asarray(generated, bool)
         try:
@@ -239,6 +237,17 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def rows_of(source: str, tokens: Sequence[int], slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens and slots as int32, and which rows are the last of their slot. Raises NetsukeError for what are no rows."""
+    try:
+        row, slot = np.asarray(tokens, np.int32), np.asarray(slots, np.int32)
+    except (OverflowError, ValueError, TypeError) as e:
+        raise NetsukeError(f"run {source}", f"tokens or slots are no integers ({e})", "small integers") from e
+    if row.shape != slot.shape or row.ndim != 1 or not row.size:
+        raise NetsukeError("run the model", f"{row.size} tokens for {slot.size} slots", "as many, and at least one")
+    return row, slot, np.append(slot[1:] != slot[:-1], True)
 
 
 def _check_files(folder: Path, verify: bool) -> None:
@@ -288,7 +297,7 @@ def check_prompt(ids: Sequence[int], vocab: int, context: int) -> None:
 
 
 def generate(
-    engine: Engine, ids: list[int], new_tokens: int = 128, *, temperature: float = 0.0, top_p: float = 1.0,
+    engine: Engine | IntegerEngine, ids: list[int], new_tokens: int = 128, *, temperature: float = 0.0, top_p: float = 1.0,
     seed: int = 0, stop: tuple[int, ...] | None = None, timings: Timings | None = None, slot: int = 0,
 ) -> Iterator[int]:  # fmt: skip
     """Yields up to `new_tokens` ids after the prompt; ends early at an end-of-text token (`stop`, default the model's)
