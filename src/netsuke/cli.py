@@ -43,7 +43,7 @@ for _verb in VERBS:
 
 
 # applications: commands too, each in its own folder
-APPS = ("control.command", "signals.ecg.command", "signals.forecast.command")
+APPS = ("bricks.command", "control.command", "signals.ecg.command", "signals.forecast.command")
 
 for _app in APPS:
     importlib.import_module(f"netsuke.apps.{_app}").register(app)

@@ -31,6 +31,7 @@ from netsuke.errors import NetsukeError
 from netsuke.layers.adapter import Adapter
 from netsuke.layers.linear import Dense, LinearBase
 from netsuke.models.llama import Llama
+from netsuke.models.skeleton import FLOATS
 from netsuke.models.weights import WeightFile, check_finite, read_header, write_safetensors
 
 HOWS = ("products", "factors")
@@ -55,10 +56,10 @@ class Plugin:
     def bytes(self) -> int:
         return sum(t.nbytes for pair in self.thin.values() for t in pair)
 
-    def brick(self, file: str | None = None) -> Brick:
+    def brick(self, file: str | None = None, kind: str = "adapter", sha256: str | None = None) -> Brick:
         """The manifest's entry."""
         sites: dict[str, tuple[int, ...]] = dict.fromkeys(self.thin, ())
-        return Brick(self.id, "adapter", sites, self.skills, self.bytes(), self.base, self.parents, file)
+        return Brick(self.id, kind, sites, self.skills, self.bytes(), self.base, self.parents, file, sha256)
 
     def write(self, path: Path) -> None:
         """As safetensors. Raises NetsukeError for NaN and for a disk that refuses."""
@@ -77,21 +78,26 @@ def read_plugin(path: Path) -> Plugin:
         about = json.loads(meta.get("about", ""))
         known = {"id": str(about["id"]), "base": str(about["base"]), "parents": tuple(map(str, about["parents"]))}
         skills = {str(k): float(v) for k, v in about["skills"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if not all(map(math.isfinite, skills.values())):
+            raise ValueError("a score is no finite number")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise NetsukeError(asked, "it says nothing about a plugin", f"a file of format {FORMAT!r}") from e
     file = WeightFile(path)
     tensors = {name: file.get(name) for name in file.names()}
     for name, t in tensors.items():
+        if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise NetsukeError(asked, f"{name} is stored as {t.dtype}".replace("torch.", ""), ", ".join(FLOATS))
         check_finite(name, t, path)
     key, spread, thin = tensors.pop("key", None), tensors.pop("spread", None), {}
     for name in sorted({n.rpartition(".")[0] for n in tensors}):
         pair = tensors.get(f"{name}.first"), tensors.get(f"{name}.second")
-        if (
-            any(t is None or t.ndim != 2 or not t.is_floating_point() for t in pair)
-            or pair[0].shape[0] != pair[1].shape[1]
-        ):
+        if any(t is None or t.ndim != 2 for t in pair) or pair[0].shape[0] != pair[1].shape[1]:
             raise NetsukeError(asked, f"{name} has no pair of factors that fit", "first (r, I) and second (O, r)")
         thin[name] = pair
+    if (key is None) != (spread is None) or (
+        key is not None and (key.ndim != 1 or spread.shape != (len(key), len(key)))
+    ):
+        raise NetsukeError(asked, "key and spread of its texts do not fit each other", "(C,) and (C, C), or neither")
     return Plugin(thin=thin, skills=skills, key=key, spread=spread, **known)
 
 
@@ -212,6 +218,9 @@ class Rack:
                 raise NetsukeError(
                     f"rack {p.id!r}", "it has no key", "plugins trained with texts", "text_key(base, texts)"
                 )
+            if (p.key.shape, p.spread.shape) != ((base.cfg.width,), (base.cfg.width, base.cfg.width)):
+                found = f"its key is of {list(p.key.shape)} numbers, its spread of {list(p.spread.shape)}"
+                raise NetsukeError(f"rack {p.id!r}", found, f"the base's width, {base.cfg.width}")
             if p.id in self.models:
                 raise NetsukeError(f"rack {p.id!r}", "two plugins have this id", "ids of their own")
             self.models[p.id] = attach(base, p, sha)

@@ -11,6 +11,7 @@ which is which: id, kind, sites with neuron indices or a file, scores per skill,
     keep_only    cuts all bricks but these out; neurons of no brick are common ground and stay
     extract      a brick's weights, to be kept in a file of their own
     graft        puts neurons into a model: where they were (the cut is undone bit for bit), or beside the others (growth)
+    harm         what a cut does to texts, in nats
 
 Find on one text and judge on another: the best of a thousand neurons is partly luck, and `find` gives what luck alone gives.
 """
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from netsuke.layers.linear import Dense
 from netsuke.measure.neurons import Chance, InstanceMeans, Ranking, listen, top, weights_of
 from netsuke.models.files import read_json, write_atomically
 from netsuke.models.llama import Llama
+from netsuke.tasks.language import token_losses
 
 FORMAT, VERSION = "netsuke-bricks", 1
 KINDS = ("neurons", "adapter", "edit")
@@ -42,7 +45,8 @@ PARTS = ("gate", "up", "down")
 
 class Brick(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`sites` gives neurons by site ("blocks.3.hidden"), or for plugins the linear maps that they stand beside, without
-    indices. `base` is the `fingerprint` of the model that the brick was made for, `file` lies beside the manifest."""
+    indices. `base` is the `fingerprint` of the model that the brick was made for, `file` lies beside the manifest and has
+    this `sha256`. `levels`: how strongly neurons answer (`fired`) to other skills' texts and to their own, on average."""
 
     id: str
     kind: str
@@ -52,6 +56,8 @@ class Brick(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base: str
     parents: tuple[str, ...] = ()
     file: str | None = None
+    sha256: str | None = None
+    levels: tuple[float, float] | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,6 +114,8 @@ def read_manifest(path: Path) -> Manifest:
     for b in got.bricks:
         if b.kind not in KINDS:
             raise NetsukeError(asked, f"brick {b.id[:40]!r} is of kind {b.kind[:40]!r}", ", ".join(KINDS))
+        if not all(map(math.isfinite, (*b.skills.values(), *(b.levels or ())))):  # Python reads NaN as JSON
+            raise NetsukeError(asked, f"a score of brick {b.id[:40]!r} is no finite number", "finite scores")
     return Manifest(got.base).plus(*got.bricks)
 
 
@@ -154,12 +162,13 @@ class Found:
 
 def find(
     model: Llama, skills: Mapping[str, Tensor], share: float = 0.05, indicator: str = "activation", batch: int = 16,
-    allowed: Sequence[Tensor] | None = None,
+    allowed: Sequence[Tensor] | None = None, on_batch: Callable[[int, int], None] | None = None,
 ) -> Found:  # fmt: skip
     """Scores all neurons and names the best `share` of every layer as each skill's brick.
 
     skills    skill -> ids (N, T), one instance a row, all of one length T (a mean over tokens must not tell lengths apart)
     allowed   per block (F,): neurons that may be named at all
+    on_batch  is told how many batches of how many have been heard
 
     Raises NetsukeError for fewer than two skills, fewer than LEAST instances of one, unequal lengths, and maps that are no
     dense ones.
@@ -176,8 +185,9 @@ def find(
     if len(lengths := {ids.shape[1] for ids in skills.values()}) > 1:
         raise NetsukeError(asked, f"instances of {sorted(lengths)} tokens", "one length for all skills")
     heard = [InstanceMeans(weights_of(indicator, b.down)) for b in model.blocks]
-    listen(model, heard, torch.cat(list(skills.values())).split(batch))
-    rankings = [Ranking(h.rows()) for h in heard]
+    listen(model, heard, _counted(torch.cat(list(skills.values())).split(batch), on_batch))
+    rows = [h.rows() for h in heard]
+    rankings = [Ranking(r) for r in rows]
     owner = torch.cat([torch.full((len(ids),), i) for i, ids in enumerate(skills.values())])
     labels = {skill: owner == i for i, skill in enumerate(skills)}
     scores = {skill: [r.precision(y) for r in rankings] for skill, y in labels.items()}
@@ -186,8 +196,34 @@ def find(
         chosen = [top(s, share, None if allowed is None else allowed[i]) for i, s in enumerate(per_block)]
         sites = {f"blocks.{i}.hidden": tuple(c.tolist()) for i, c in enumerate(chosen)}
         skilled = float(torch.cat([s[c] for s, c in zip(per_block, chosen)]).mean())
-        bricks.append(Brick(skill, "neurons", sites, {skill: round(skilled, 4)}, neuron_bytes(model, sites), base))
+        size, levels = neuron_bytes(model, sites), None
+        if indicator == "activation":  # what `fired` looks at
+            answers = torch.stack([r[:, c].mean(1) / r.mean(1) for r, c in zip(rows, chosen)]).double().mean(0)
+            levels = tuple(round(float(answers[which].mean()), 4) for which in (~labels[skill], labels[skill]))
+        bricks.append(Brick(skill, "neurons", sites, {skill: round(skilled, 4)}, size, base, levels=levels))
     return Found(Manifest(base).plus(*bricks), scores, labels, rankings)
+
+
+def _counted(batches: Sequence[Tensor], tell: Callable[[int, int], None] | None) -> Iterator[Tensor]:
+    for i, ids in enumerate(batches):
+        yield ids
+        if tell:
+            tell(i + 1, len(batches))
+
+
+@torch.no_grad()
+def instance_loss(model: Llama, ids: Tensor) -> float:
+    """Mean loss in nats of instances (N, T); the first real token is not counted (nothing tells what the text is about)."""
+    parts = [token_losses(model, rows)[:, 1:].double() for rows in ids.split(25)]
+    return float(torch.cat(parts).mean())
+
+
+def harm(
+    model: Llama, sites: Mapping[str, Iterable[int]], texts: Mapping[str, Tensor], base: Mapping[str, float]
+) -> dict[str, float]:
+    """Skill -> increase of the loss of its texts (N, T) over `base`, in nats, when these neurons are cut out."""
+    smaller = cut(model, sites)
+    return {skill: instance_loss(smaller, ids) - base[skill] for skill, ids in texts.items()}
 
 
 @torch.no_grad()
@@ -212,7 +248,7 @@ def block_of(site: str, model: Llama) -> int:
     """ "blocks.3.hidden" -> 3. Raises NetsukeError for a site that is none of this model."""
     head, _, leaf = site.rpartition(".")
     index = head.removeprefix("blocks.")
-    if leaf != "hidden" or not index.isdecimal() or int(index) >= len(model.blocks):
+    if leaf != "hidden" or not index.isdecimal() or len(index) > 9 or int(index) >= len(model.blocks):
         raise NetsukeError(
             f"find the site {site[:60]!r}", "no block has it", f"blocks.0 … {len(model.blocks) - 1}.hidden"
         )
@@ -223,13 +259,13 @@ def neurons(model: Llama, sites: Mapping[str, Iterable[int]]) -> dict[int, Tenso
     """Sorted neurons by block. Raises NetsukeError for sites and neurons that the model does not have."""
     out = {}
     for site, indices in sites.items():
-        i, chosen = block_of(site, model), torch.tensor(sorted(set(indices)), dtype=torch.long)
+        i, chosen = block_of(site, model), sorted(set(indices))
         width = model.cfg.blocks[i].hidden
-        if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < width:
-            found = f"neurons {int(chosen[0])} to {int(chosen[-1])} of {site}, which has {width}"
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < width:
+            found = f"neurons {str(chosen[0])[:12]} to {str(chosen[-1])[:12]} of {site}, which has {width}"
             raise NetsukeError("use a brick", found, f"0 to {width - 1}", "the model that it was found in")
-        if len(chosen):
-            out[i] = chosen
+        if chosen:
+            out[i] = torch.tensor(chosen, dtype=torch.long)
     return out
 
 
@@ -346,5 +382,6 @@ def after_removal(manifest: Manifest, smaller: Llama, ids: Iterable[str]) -> Man
     for b in manifest.bricks:
         if b.kind == "neurons" and b.id not in names:
             sites = {s: tuple(i - sum(j < i for j in lost.get(s, ())) for i in chosen) for s, chosen in b.sites.items()}
-            out.append(msgspec.structs.replace(b, sites=sites, base=base, parents=(*b.parents, manifest.base)))
+            parents = (*b.parents, manifest.base)  # levels were measured beside neurons that are gone
+            out.append(msgspec.structs.replace(b, sites=sites, base=base, parents=parents, levels=None))
     return Manifest(base).plus(*out)
