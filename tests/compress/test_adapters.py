@@ -106,6 +106,14 @@ def test_files_are_kept_and_checked(model, tmp_path):
         ({"q.first": good[0]}, about, "q has no pair of factors"),
         ({"q.first": good[0][:2], "q.second": good[1]}, about, "q has no pair of factors"),
         ({"q.first": good[0] / 0, "q.second": good[1]}, about, "NaN or infinite"),
+        ({"q.first": good[0].double(), "q.second": good[1]}, about, "stored as float64"),
+        ({"q.first": good[0], "q.second": good[1], "key": good[0][0]}, about, "do not fit each other"),
+        ({"q.first": good[0], "q.second": good[1]}, {"about": "[" * 100_000}, "says nothing about a plugin"),
+        (
+            {"q.first": good[0], "q.second": good[1]},
+            {"about": about["about"].replace("{}", '{"s": NaN}')},
+            "says nothing",
+        ),
     ):
         write_safetensors(path, tensors, meta)
         with pytest.raises(NetsukeError, match=words):
@@ -136,5 +144,7 @@ def test_misuse_is_refused_in_a_sentence(model):
     with pytest.raises(NetsukeError, match="it has no key"):
         Rack(model, [a])
     keyed = plugin(model, "a", 1, texts=IDS)
+    with pytest.raises(NetsukeError, match="its key is of \\[3\\] numbers"):
+        Rack(model, [replace(keyed, key=keyed.key[:3])])
     with pytest.raises(NetsukeError, match="two plugins have this id"):
         Rack(model, [keyed, keyed])

@@ -75,6 +75,25 @@ def test_what_is_cut_out_can_be_put_back_bit_for_bit(model, found):
     assert torch.equal(grown.blocks[1].gate.weight[:80], model.blocks[1].gate.weight)
 
 
+def test_harm_is_the_loss_that_a_cut_adds(model, found):
+    texts, sites = instances(20), found.manifest.brick("low").sites
+    base = {s: bricks.instance_loss(model, ids) for s, ids in texts.items()}
+    got, smaller = bricks.harm(model, sites, texts, base), bricks.cut(model, sites)
+    logits = smaller(texts["high"][:, :-1])[:, 1:]  # the first token is not counted
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts["high"][:, 2:].flatten())
+    assert got["high"] == pytest.approx(float(by_hand) - base["high"], abs=1e-5)
+    assert set(got) == {"low", "high"} and bricks.harm(model, {}, texts, base) == {"low": 0.0, "high": 0.0}
+
+
+def test_levels_are_what_a_brick_answers_to_others_and_to_its_own(model, found):
+    for skill, other in (("low", "high"), ("high", "low")):
+        heard = {s: bricks.fired(model, found.manifest, ids)[skill] for s, ids in instances().items()}
+        others, own = found.manifest.brick(skill).levels
+        assert own > others  # a mean over instances here, of all tokens at once there
+        assert (others, own) == pytest.approx((heard[other], heard[skill]), rel=0.02)
+    assert bricks.find(model, instances(), indicator="output").manifest.brick("low").levels is None
+
+
 def test_a_prompt_fires_the_bricks_of_its_skill(model, found):
     texts = instances(8)
     low, high = (bricks.fired(model, found.manifest, texts[skill]) for skill in ("low", "high"))
@@ -113,6 +132,7 @@ def test_manifests_are_kept_and_checked(found, tmp_path):
         ({"version": 9}, "version 9"), ({"format": "x"}, "format 'x'"), ({"bricks": [{"id": "a"}]}, "kind"),
         ({"bricks": good["bricks"] * 2}, "has one of this id"), ({"base": "0" * 64}, "another model|made for a base"),
         ({"bricks": [good["bricks"][0] | {"kind": "spell"}]}, "of kind 'spell'"), ({"extra": 1}, "extra"),
+        ({"bricks": [good["bricks"][0] | {"skills": {"low": float("inf")}}]}, "no finite number"),
     ):  # fmt: skip
         path.write_text(json.dumps(good | change))
         with pytest.raises(NetsukeError, match=words):
@@ -141,8 +161,11 @@ def test_misuse_is_refused_in_a_sentence(model, found):
         bricks.cut(model, {"blocks.0.hidden": range(80)})
     with pytest.raises(NetsukeError, match="neurons 3 to 80"):
         bricks.cut(model, {"blocks.0.hidden": (3, 80)})
-    with pytest.raises(NetsukeError, match="no block has it"):
-        bricks.cut(model, {"blocks.2.hidden": (3,)})
+    with pytest.raises(NetsukeError, match=r"neurons -1 to 1000"):
+        bricks.cut(model, {"blocks.0.hidden": (10**30, -1)})
+    for site in ("blocks.2.hidden", f"blocks.{'9' * 5000}.hidden"):
+        with pytest.raises(NetsukeError, match="no block has it"):
+            bricks.cut(model, {site: (3,)})
     parts = bricks.extract(model, {"blocks.0.hidden": (1, 2)})
     with pytest.raises(NetsukeError, match="1 places for 2 neurons"):
         bricks.graft(model, parts, {"blocks.0.hidden": (5,)})

@@ -269,6 +269,15 @@ def neurons(model: Llama, sites: Mapping[str, Iterable[int]]) -> dict[int, Tenso
     return out
 
 
+def random_sites(model: Llama, sites: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, list[int]]:
+    """As many neurons of each site, drawn by lot: the floor beside which a cut's harm is read."""
+    rng, out = torch.Generator().manual_seed(seed), {}
+    for site, chosen in sites.items():
+        width = model.cfg.blocks[block_of(site, model)].hidden
+        out[site] = torch.randperm(width, generator=rng)[: len(chosen)].tolist()
+    return out
+
+
 def neuron_bytes(model: Llama, sites: Mapping[str, Iterable[int]]) -> int:
     """Bytes of the rows and columns of these neurons."""
     return sum(t.nbytes for parts in extract(model, sites).values() for t in parts)

@@ -54,6 +54,7 @@ from netsuke.systems.configurable_fm_plugins import editing, growing, merging, r
 from netsuke.systems.modegpt_cases import STORIES, STORIES_FILES
 from netsuke.systems.modegpt_cases import case_of as stories_case
 from netsuke.systems.r_sparse import on
+from netsuke.tasks.language import token_losses
 
 SHARES, QUICK_SHARES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8), (0.4, 0.6)
 SHARP = ("coding", "math", "translation")  # skills whose neurons the paper finds in most layers
@@ -91,7 +92,7 @@ def mask_curve(name: str, quick: bool) -> dict[str, dict[str, float]]:
     def measured(place) -> float:
         model.stand({f"blocks.{i}.hidden": place(i) for i in range(len(model.blocks))})
         try:
-            losses = torch.cat([cases.token_losses(model, r).double().flatten() for r in rows])
+            losses = torch.cat([token_losses(model, r).double().flatten() for r in rows])
         finally:
             model.stand({})
         return float(losses.mean())

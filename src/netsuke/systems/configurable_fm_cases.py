@@ -15,13 +15,13 @@ from torch import Tensor
 from netsuke.compress import bricks, neuron_groups
 from netsuke.compress.adapters import Plugin, Rack
 from netsuke.compress.bricks import Found
+from netsuke.compress.bricks import instance_loss as loss
 from netsuke.compress.neuron_groups import Groups, Router
 from netsuke.data.domains import DOMAINS, documents, translations
 from netsuke.measure.neurons import Activity, listen
 from netsuke.models.llama import Llama
 from netsuke.models.load import Loaded, load
 from netsuke.tasks import skills
-from netsuke.tasks.language import token_losses
 from netsuke.train.edit import Fact
 from netsuke.train.group_router import RouterKnobs, train_routers
 from netsuke.train.lora import Lora, train_plugin
@@ -80,13 +80,6 @@ def held_out(name: str, domain: str, quick: bool) -> Tensor:
     return instances(name, domain, "test", QUICK_HELD_OUT if quick else HELD_OUT)
 
 
-@torch.no_grad()
-def loss(model, ids: Tensor) -> float:
-    """Mean loss in nats of instances; the first real token is not counted (nothing tells what the text is about)."""
-    parts = [token_losses(model, rows)[:, 1:].double() for rows in ids.split(25)]
-    return float(torch.cat(parts).mean())
-
-
 @cache
 def base_loss(name: str, domain: str, quick: bool) -> float:
     return loss(model_of(name), held_out(name, domain, quick))
@@ -120,11 +113,9 @@ def pruned(name: str, quick: bool, how: str) -> dict[str, dict[str, float]]:
     for i, skill in enumerate(DOMAINS):
         sites = manifest.brick(skill).sites
         if how == "random":
-            rng = torch.Generator().manual_seed(i)
-            sites = {s: torch.randperm(model.cfg.blocks[bricks.block_of(s, model)].hidden, generator=rng)[: len(c)].tolist()
-                     for s, c in sites.items()}  # fmt: skip
-        smaller = bricks.cut(model, sites)
-        rows[skill] = {d: loss(smaller, held_out(name, d, quick)) - base_loss(name, d, quick) for d in DOMAINS}
+            sites = bricks.random_sites(model, sites, i)
+        texts_of = {d: held_out(name, d, quick) for d in DOMAINS}
+        rows[skill] = bricks.harm(model, sites, texts_of, {d: base_loss(name, d, quick) for d in DOMAINS})
     return rows
 
 

@@ -15,16 +15,15 @@ from netsuke.apps.bricks import texts
 from netsuke.apps.bricks.store import NAME, Opened, check_manifest_path, copy_plugins, opened
 from netsuke.compress.adapters import Rack, attach, burned
 from netsuke.compress.bricks import (
-    Brick,
     Found,
     Manifest,
     after_removal,
-    block_of,
     cut,
     fired,
     harm,
     instance_loss,
     leaving,
+    random_sites,
 )  # fmt: skip
 from netsuke.compress.bricks import find as find_bricks
 from netsuke.errors import NetsukeError
@@ -118,18 +117,9 @@ def judged(model: Llama, manifest: Manifest, held: Mapping[str, Tensor], tell: P
         tell("cutting one brick after the other", i, len(names) + 1)
         rows[name] = harm(model, manifest.brick(name).sites, held, base)
     tell("cutting one brick after the other", len(names), len(names) + 1)
-    lot = harm(model, random_sites(model, manifest.brick(names[0])), held, base)
+    lot = harm(model, random_sites(model, manifest.brick(names[0]).sites), held, base)
     most = {name: max(row, key=lambda s, row=row: row[s]) for name, row in rows.items()}
     return {"loss": base, "harm": rows, "random": lot, "hurts_most": most}
-
-
-def random_sites(model: Llama, brick: Brick) -> dict[str, list[int]]:
-    """As many neurons of each layer as a brick has, drawn by lot: the floor beside which its harm is read."""
-    rng, out = torch.Generator().manual_seed(0), {}
-    for site, chosen in brick.sites.items():
-        width = model.cfg.blocks[block_of(site, model)].hidden
-        out[site] = torch.randperm(width, generator=rng)[: len(chosen)].tolist()
-    return out
 
 
 def write_model(
