@@ -49,8 +49,9 @@ class Shape:
     def __post_init__(self) -> None:
         for name in ("d", "heads", "hidden", "rank", "project"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise NetsukeError("advise on a block", f"{name}={value!r}", "whole numbers from 1")
+            if value is not None and (type(value) is not int or not 1 <= value <= LONGEST):
+                found = f"{name}={str(value)[:20]}"
+                raise NetsukeError("advise on a block", found, f"whole numbers from 1 to {LONGEST}")
         if self.d % self.heads:
             raise NetsukeError("advise on a block", f"a width of {self.d} for {self.heads} heads", "a multiple of them")
 
@@ -201,7 +202,7 @@ def advise(
         raise NetsukeError("advise on a block", f"target={target!r}", ", ".join(TARGETS))
     for name, value in (("n", n), ("tokens", tokens)):
         if type(value) is not int or not 1 <= value <= LONGEST:
-            raise NetsukeError("advise on a block", f"{name}={value!r}", f"whole numbers from 1 to {LONGEST}")
+            raise NetsukeError("advise on a block", f"{name}={str(value)[:20]}", f"whole numbers from 1 to {LONGEST}")
     kinds = [k for k in KINDS if not (causal and k == "linformer")]
     costs = {k: cost_of(k, s, n, tokens, device, fused) for k in kinds}
     best = min(kinds[1:], key=lambda k: measure_of(target, costs[k]))
