@@ -49,7 +49,8 @@ def advice(
     """Costs of a block "WIDTHxHEADS" on sequences of so many tokens, dense, low-rank and with Linformer attention, and the
     choice (compress/advise.py, where the formulas and what the words mean are).
 
-    Returns {block, tokens, step_tokens, target, device, pick, why, costs: {kind: {macs, parameters, training_bytes, seconds, …}}, crossings}.
+    Returns {block, tokens, step_tokens, target, device, pick, why, costs: {kind: {macs, parameters, training_bytes, seconds}},
+    crossings: {target: tokens from which Linformer costs no more than low-rank, or None}}.
     Raises NetsukeError for a shape that no block has, an unknown target or device, and Linformer knobs for a causal block.
     """
     from netsuke.compress.advise import advise
