@@ -7,17 +7,16 @@ or of the weight whitened by its inputs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from netsuke.compress import decompose, modegpt
+from netsuke.compress import modegpt
+from netsuke.compress.factorize import Factorize
 from netsuke.layers.linear import Dense
-from netsuke.measure.activations import Gram, tapped
-from netsuke.models.llama import LINEARS, Llama
-from netsuke.tasks.base import Task, run_calibration
+from netsuke.models.llama import Llama
+from netsuke.tasks.base import Task
 
 
 def pruned_by_norm(model: Llama, per_block: Sequence[modegpt.Fractions]) -> Llama:
@@ -67,23 +66,8 @@ def _flat(keep: Tensor, width: int, group: int) -> Tensor:
     return (keep.repeat_interleave(group, 0) + starts[:, None]).flatten()
 
 
-@torch.no_grad()
-def svd_each(model: Llama, remove: float, task: Task | None = None, windows: int = 32, floor: float = 1e-6) -> Llama:
-    """Every matrix of the blocks as a rank-r product with r(O + I) = (1 − remove) O I parameters, multiplied out.
-
-    With `task` the SVD is whitened by the inputs of that matrix on `windows` rows of the train split.
-    """
-    out, grams = copy.deepcopy(model), {}
-    if task is not None:
-        grams = {f"blocks.{i}.{n}": Gram() for i in range(len(model.blocks)) for n in LINEARS}
-        with tapped({model.get_submodule(name): gram for name, gram in grams.items()}):
-            run_calibration(model, task, windows)
-    for i in range(len(model.blocks)):
-        for n in LINEARS:
-            name = f"blocks.{i}.{n}"
-            old = model.get_submodule(name)
-            rank = max(1, int((1 - remove) * old.outs * old.ins / (old.outs + old.ins)))
-            gram = grams[name].mean() if task is not None else torch.eye(old.ins, dtype=torch.float64)
-            a, b = decompose.whitened_svd(gram, old.weight.T, rank, floor)
-            out.replace(name, Dense((a @ b).T.to(old.weight.dtype), old.bias))
-    return out
+def svd_each(model: Llama, remove: float, task: Task | None = None, windows: int = 32) -> Llama:
+    """Every matrix of the blocks as two factors with (1 − remove) of its parameters; with `task` the SVD is whitened by the
+    inputs of that matrix on `windows` rows of the train split."""
+    solver = "svd" if task is None else "whitened-svd"
+    return Factorize(rank=1 - remove, solver=solver, only=("blocks.*",), calibration=windows).apply(model, task)
