@@ -114,6 +114,11 @@ def test_files_are_kept_and_checked(model, tmp_path):
             {"about": about["about"].replace("{}", '{"s": NaN}')},
             "says nothing",
         ),
+        (
+            {"q.first": good[0], "q.second": good[1]},
+            {"about": about["about"].replace("x", "x" * 999)},
+            "says nothing",
+        ),
     ):
         write_safetensors(path, tensors, meta)
         with pytest.raises(NetsukeError, match=words):

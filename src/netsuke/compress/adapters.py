@@ -78,8 +78,8 @@ def read_plugin(path: Path) -> Plugin:
         about = json.loads(meta.get("about", ""))
         known = {"id": str(about["id"]), "base": str(about["base"]), "parents": tuple(map(str, about["parents"]))}
         skills = {str(k): float(v) for k, v in about["skills"].items()}
-        if not all(map(math.isfinite, skills.values())):
-            raise ValueError("a score is no finite number")
+        if not all(map(math.isfinite, skills.values())) or len(known["id"]) > 200:
+            raise ValueError("a score is no finite number, or the id endless")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise NetsukeError(asked, "it says nothing about a plugin", f"a file of format {FORMAT!r}") from e
     file = WeightFile(path)

@@ -136,6 +136,7 @@ def test_prune_writes_a_smaller_artifact_with_the_other_bricks(work, call):
         i = int(site.split(".")[1])
         rows = whole.blocks[i].gate.weight[list(old.brick("digits").sites[site])]
         assert torch.equal(smaller.blocks[i].gate.weight[list(chosen)], rows)
+    assert got["left_behind"] == ["talk"]
     bare = call("prune", "tiny.netsuke", "--remove", "talk", "-o", "bare")  # a plugin is taken off: the weights stay
     assert bare["bytes"][0] == bare["bytes"][1] and bare["left"] == ["digits", "shouts"]
     assert not (work / "bare.netsuke/brick-talk.safetensors").exists()
@@ -152,6 +153,17 @@ def test_add_learns_from_texts_and_takes_files(work, call):
     fresh = call("add", "tiny.netsuke", "other.safetensors", "--bricks", "fresh.json")  # a manifest begins with it
     assert fresh["file"] == "other.safetensors"  # it lies there already
     assert fresh["manifest"] == "fresh.json" and [b.id for b in read_manifest(work / "fresh.json").bricks] == ["talk"]
+
+
+def test_bricks_lie_beside_any_model_and_apart_from_each_other(work, call, monkeypatch, capsys):
+    folder = hostile.hf_folder(work / "hf")
+    before = tree(folder)
+    got = call("find", "hf", "--skills", "skills", *SHORT)
+    assert got["manifest"] == "hf/bricks.json" and before.items() <= tree(folder).items()
+    refused(netsuke(monkeypatch, capsys, "bricks", "list", hostile.llama2c_file(work)), "tiny.bricks.json")
+    for name in ("one", "two"):  # the same id in two manifests of one folder
+        call("add", "tiny.netsuke", "skills/digits", "--steps", "1", "--bricks", f"{name}.json", *SHORT)
+    assert {p.name for p in work.glob("*.safetensors")} == {f"{n}-brick-digits.safetensors" for n in ("one", "two")}
 
 
 def test_merge_adds_products_and_keeps_the_originals(work, call):
@@ -239,6 +251,7 @@ def other_shape(work: Path) -> None:
     ).write(work / "keyed.safetensors")
     plain = torch.zeros(2, 48), torch.zeros(48, 2)
     Plugin("small", base, {"blocks.0.q": plain}).write(work / "small.safetensors")
+    Plugin("../../x", base, {"blocks.0.q": plain}).write(work / "outside.safetensors")
 
 
 def hostile_plugins(work: Path) -> None:
@@ -311,6 +324,7 @@ WRONG = {
     "plugin elsewhere": (other_shape, ["add", "tiny.netsuke", "lost.safetensors"], "blocks.9.down"),
     "plugin of nothing": (other_shape, ["add", "tiny.netsuke", "thin.safetensors"], "no thin maps"),
     "plugin's key": (other_shape, ["add", "tiny.netsuke", "keyed.safetensors"], "3 numbers"),
+    "plugin's id is a path": (other_shape, ["add", "tiny.netsuke", "outside.safetensors"], "../../x"),
     "plugin twice": (None, ["add", "tiny.netsuke", "tiny.netsuke/brick-talk.safetensors"], "has one of this id"),
     "plugin is a pickle": (hostile_plugins, ["add", "tiny.netsuke", "pickle.safetensors"], "pickle"),
     "plugin cut off": (hostile_plugins, ["add", "tiny.netsuke", "short.safetensors"], "header"),
@@ -351,3 +365,12 @@ def test_mistakes_are_one_sentence_and_leave_nothing(name, work, monkeypatch, ca
     before = tree(work)
     refused(netsuke(monkeypatch, capsys, "bricks", *args), culprit)
     assert tree(work) == before
+
+
+def test_every_command_is_a_function_and_has_help(monkeypatch, capsys):
+    for command in bricks.COMMANDS:
+        code, out, _ = netsuke(monkeypatch, capsys, "bricks", command, "--help")
+        assert code == 0 and "--json" in out
+        assert callable(getattr(bricks, command)) and getattr(bricks, command).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'sell'"):
+        bricks.sell

@@ -200,6 +200,8 @@ def prune(
     print_table(("", "before", "after", "change"), rows)
     print(f"removed   {', '.join(got['removed'])} ({got['neurons']:,} neurons)")
     print(f"left      {', '.join(got['left']) or 'no brick'}")
+    if got["left_behind"]:
+        print(f"behind    {', '.join(got['left_behind'])}: made for the whole model")
     print(f"artifact  {got['artifact']}")
 
 

@@ -215,8 +215,8 @@ def prune(
 
     Neurons that a brick shares with one that stays are kept. The other bricks are counted anew in the artifact's manifest;
     plugins stand on the whole model and do not come along when neurons go.
-    Returns {artifact, removed, left, neurons, bytes (before, after), judged}. Raises NetsukeError for unknown bricks, nothing
-    to remove, and as `find`; nothing is written then.
+    Returns {artifact, removed, left, left_behind (plugins), neurons, bytes (before, after), losses}. Raises NetsukeError for
+    unknown bricks, nothing to remove, and as `find`; nothing is written then.
     """
     tell, asked = on_progress or (lambda *_: None), f"prune {model}"
     if bool(remove) == (only is not None):
@@ -250,6 +250,7 @@ def prune(
     write_model(source, smaller, manifest, target, {"bricks_removed": gone}, source.path.parent)
     return {
         "model": model, "artifact": str(target), "removed": gone, "left": [b.id for b in manifest.bricks],
+        "left_behind": [b.id for b in source.manifest.bricks if b not in manifest.bricks and b.file and b.id not in gone],
         "neurons": count_out, "bytes": [whole.bytes(), smaller.bytes()], "losses": judged_on,
     }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """A model, the manifest of its bricks, and the plugin files beside it: where they lie, how they are read and written.
 
     NAME.netsuke/ or a Hugging Face folder    bricks.json and brick-ID.safetensors inside it
-    model.bin, model.gguf                     model.bricks.json and brick-ID.safetensors beside it
-    a shipped name                            only where `bricks` says: the package is not written to
+    model.bin, model.gguf                     model.bricks.json and model-brick-ID.safetensors beside it
+    a shipped name                            only where `bricks` says, mine.json and mine-brick-ID.safetensors: the package
+                                              is not written to
 
 Bricks belong to weights as they are stored (their dtypes too): the manifest carries the sha256 of all tensors.
 """
@@ -117,7 +118,8 @@ class Opened:
     def file_of(self, name: str) -> Path:
         """Where a plugin's file goes. Raises NetsukeError when something lies there that no brick names."""
         check_manifest_path(self.path)
-        file = self.path.parent / f"brick-{name}.safetensors"
+        others = "" if self.path.name == NAME else self.path.name.removesuffix(".json").removesuffix(".bricks") + "-"
+        file = self.path.parent / f"{others}brick-{name}.safetensors"  # several manifests may share a folder
         if os.path.lexists(file):
             raise NetsukeError(
                 f"write {file}", "a file that no brick names lies there", "a free place", "--name ANOTHER"
