@@ -91,7 +91,8 @@ def test_training_alone_can_be_what_does_not_fit(model, tmp_path):
     [
         ({"device": "pi44"}, "pi4"), ({"context": 0}, "--context 0"), ({"prompt": 5000}, "--prompt 5000"),
         ({"batch": -1}, "--batch -1"), ({"train": "last-9"}, "last-2"),
-        ({"backend": "tpu"}, "native, integer, torch"), ({"kv": "int4"}, "float16, int8"), ({"model": "no-such-model"}, "no such file"),
+        ({"backend": "tpu"}, "native, integer, torch"), ({"kv": "int4"}, "float16, int8"),
+        ({"model": "no-such-model"}, "no such file"),
     ],
 )  # fmt: skip
 def test_misuse_is_one_sentence(model, arguments, word):

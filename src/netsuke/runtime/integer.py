@@ -56,12 +56,17 @@ class IntegerLinear:
         # 8 by 8 bits stay inside int32 up to 131,072 inputs, 16 by 8 bits only up to 256
         self.sum = np.int32 if x.bits == 8 and layer.ins <= 1 << 16 else np.int64
 
-    def unpacked(self) -> np.ndarray:
-        """w, made anew from the stored codes w + half."""
+    def unpacked(self, rows: slice = slice(None)) -> np.ndarray:
+        """Rows of w, made anew from the stored codes w + half."""
         from netsuke.layers.packing import unpack
 
-        codes = unpack(self.layer.codes, self.bits, self.layer.ins).numpy()
+        codes = unpack(self.layer.codes[rows], self.bits, self.layer.ins).numpy()
         return (codes - np.uint8(self.half)).view(np.int8)  # modulo 256
+
+    def row_sums(self) -> np.ndarray:
+        """Σ w of every row, int64; a few rows at a time, so that no large hole stays in the heap."""
+        parts = (self.unpacked(slice(at, at + 32)) for at in range(0, self.layer.outs, 32))
+        return np.concatenate([part.sum(1, dtype=np.int64) for part in parts])
 
     @functools.cached_property
     def w(self) -> np.ndarray:

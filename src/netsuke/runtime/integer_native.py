@@ -127,15 +127,23 @@ class NativeInteger:
         return self._kept[-1].ctypes.data
 
     def _linear(self, linear: IntegerLinear) -> Linear:
-        r, w = linear.rescale, linear.unpacked()
-        m = np.broadcast_to(r.m, (len(w),)).astype(np.int32)
+        r, layer = linear.rescale, linear.layer
+        m = np.broadcast_to(r.m, (layer.outs,)).astype(np.int32)
         # the zero point is taken out of the sum here, once; beside 8-bit weights so are the 128 that make x unsigned
-        away = w.sum(1, dtype=np.int64) * (linear.x.zero + (0 if linear.bits == 4 else 128)) * m
+        away = linear.row_sums() * (linear.x.zero + (0 if linear.bits == 4 else 128)) * m
         bias = r.bias + (np.int64(1) << (r.shift - 1)) - away
         bits = 4 if linear.bits == 4 else 8
-        stored = linear.layer.codes.numpy() if bits == 4 else w  # 4 bits lie in the model as C reads them
+        stored = layer.codes.numpy() if bits == 4 else linear.unpacked()  # 4 bits lie in the model as C reads them
         return Linear(
-            self._at(stored), self._at(m), self._at(bias), *w.shape, bits, r.shift, r.grid.zero, *levels(r.grid.bits)
+            self._at(stored),
+            self._at(m),
+            self._at(bias),
+            layer.outs,
+            layer.ins,
+            bits,
+            r.shift,
+            r.grid.zero,
+            *levels(r.grid.bits),
         )
 
     def _norm(self, norm: Norm) -> NormOf:
