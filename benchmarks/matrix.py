@@ -3,8 +3,8 @@ is refused by a sentence that names what is in the way.
 
     python benchmarks/matrix.py [--model NAME ...] [--json]
 
-Strengths are mild and texts short (windows of 64 tokens): what is checked is that methods fit together, not what they lose; the
-random models with every run of the tests.
+Strengths are mild and texts short (windows of 64 tokens): what is checked is that methods fit together, not what they lose.
+tests/compress/test_pairs.py holds the same pairs to the same rule on small random models with every run of the tests.
 """
 
 from __future__ import annotations
