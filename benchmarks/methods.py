@@ -52,6 +52,7 @@ SPEEDS = (0.5, 0.35)  # of the 16-bit model's time per token
 BATCHES = 8  # of validation text on which settings are compared; fit uses as many
 BAR = 0.8
 TURNS = 5
+HEAL = "45s"  # of healing in every carving; single methods that train have 60 to 100 steps, as long or longer
 SINGLES: dict[str, list[list[Method]]] = {
     "rounding": [[Quantize(b, solver="rtn")] for b in (8, 4, 3, 2)],
     "quantize": [[Quantize(b)] for b in (8, 4, 3, 2)],
@@ -148,9 +149,10 @@ class Bench:
         inside = [p for p in points if getattr(p, what) <= limit]
         best = min(inside, key=lambda p: p.validation, default=None)
         with tempfile.TemporaryDirectory() as folder:
-            report = fit(self.name, CARD, out=f"{folder}/carved", **budget)
+            report = fit(self.name, CARD, out=f"{folder}/carved", heal=HEAL, **budget)
         row: dict[str, Any] = {
             "budget": budget, "fit": {k: report["after"][k] for k in ("bytes", "quality", "latency")}, "tried": report["tried"],
+            "methods": report["methods"],
             "excess_fit": math.log(report["after"]["quality"]["test"]) - base,
         }  # fmt: skip
         if best is not None:
