@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ def methods() -> list[dict[str, Any]]:
     return [
         {"name": name, "paper": kind.paper, "trains": kind.trains, "needs_data": kind.needs_data, "saves": kind.saves,
          "knobs": {k: v for k, v in kind().to_json().items() if k != "method"},
-         "about": (kind.__doc__ or "").strip().splitlines()[0]}
+         "about": (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]}
         for name, kind in registry().items()
     ]  # fmt: skip
 
