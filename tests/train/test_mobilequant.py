@@ -1,6 +1,5 @@
 """Static quantization learned end to end: planted outliers come back, learning helps, failures name the site."""
 
-import json
 import math
 import warnings
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from netsuke.compress.equivalent import fold
-from netsuke.compress.static import WIDE, BitMap, calibrate, export_json, quantized, sensitivity
+from netsuke.compress.static import WIDE, BitMap, calibrate, quantized, sensitivity
 from netsuke.errors import NetsukeError
 from netsuke.layers.quantized import QuantLinear
 from netsuke.models.llama import LINEARS, SITES
@@ -140,16 +139,6 @@ def test_sensitivity_ranks_sites_by_harm(task):
     assert [r["nats_8"] for r in rows] == sorted((r["nats_8"] for r in rows), reverse=True)
     assert sum(abs(r["nats_16"]) for r in rows) < sum(abs(r["nats_8"]) for r in rows) / 4
     assert not static_sites(model)
-
-
-def test_ranges_and_bits_as_json(task, tmp_path):
-    model = MobileQuant(**OFF).apply(tiny_llama(), task)
-    ranges, bitmap = (json.loads(p.read_text()) for p in export_json(model, tmp_path))
-    assert ranges.keys() == bitmap["sites"].keys() == static_sites(model).keys()
-    assert all(low <= 0 <= high and low < high for low, high in ranges.values())
-    assert bitmap["weights"]["blocks.0.q"] == {"bits": 8, "group": 48}
-    with pytest.raises(NetsukeError, match="the model has none"):
-        export_json(tiny_llama(), tmp_path)
 
 
 @pytest.mark.parametrize(

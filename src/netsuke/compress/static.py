@@ -13,11 +13,9 @@ maps and a StaticGrid at every site.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from netsuke.errors import NetsukeError
 from netsuke.layers.static import StaticGrid, snap
 from netsuke.measure.activations import Range, tapped
 from netsuke.models.llama import LINEARS, SITES, Llama
-from netsuke.models.static_sites import standing_grids, static_sites
+from netsuke.models.static_sites import standing_grids
 from netsuke.tasks.base import Task, run_calibration
 
 WIDE = ("attn_stream", "scores", "probs", "o", "mlp_stream", "down")  # the sites that 8 bits break
@@ -175,30 +173,3 @@ def sensitivity(
             row[f"nats_{b}"] = math.log(task.score(probe, split, limit)) - base
         rows.append(row)
     return sorted(rows, key=lambda r: -r["nats_8"])
-
-
-def export_json(model: Llama, folder: Path) -> list[Path]:
-    """`act_ranges.json` {site: [low, high]} and `bitmap.json` {weights: {map: {bits, scales}}, sites: {site: bits}} of a
-    model that `quantized` made, into an existing folder: what a vendor's converter takes as encodings.
-
-    Raises NetsukeError for a model without static grids.
-    """
-    found = static_sites(model)
-    if not found:
-        raise NetsukeError("export static ranges", "the model has none", "a model quantized to static integers")
-    linears = {n: m.spec() for n, m in model.linears().items()}
-    bitmap = {
-        "weights": {
-            n: {"bits": s["bits"], "group": s["group"]} if s["kind"] == "quant" else s for n, s in linears.items()
-        },
-        "sites": {name: grid.bits for name, grid in found.items()},
-    }
-    paths = []
-    for name, value in (
-        ("act_ranges.json", {n: list(g.range) for n, g in found.items()}),
-        ("bitmap.json", bitmap),
-    ):
-        path = folder / name
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        paths.append(path)
-    return paths

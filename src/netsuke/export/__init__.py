@@ -15,7 +15,7 @@ from netsuke.verb import verb
 @dataclass(frozen=True)
 class Home:
     """A form of export. `module` has `write(loaded, out, bits) -> facts`; `bits` are the widths of weights it can store,
-    the first one is the default."""
+    the first one is the default. What has no `bits` is a folder of another kind, whose writer has arguments of its own."""
 
     module: str
     suffix: str
@@ -28,6 +28,9 @@ class Home:
 
 HOMES = {
     "gguf": Home("netsuke.export.gguf", ".gguf", (16, 8, 4), "one file for llama.cpp and its relatives"),
+    "ranges": Home(
+        "netsuke.export.ranges", "", (), "static ranges and the bit map as JSON, for a vendor's converter (mobilequant)"
+    ),
     "c": Home("netsuke.export.c", "", (), "a folder of C99 for microcontrollers (small networks)"),
 }
 
@@ -49,6 +52,8 @@ def export(
         raise NetsukeError(f"export {model}", f"the home {home!r} is unknown", ", ".join(HOMES))
     if home == "c":
         return _export_c(model, out, bits, name, patches, train, classes)
+    if home == "ranges":
+        return _export_ranges(model, out, bits)
     row = HOMES[home]
     bits = row.bits[0] if bits is None else bits
     if bits not in row.bits:
@@ -62,6 +67,19 @@ def export(
 
     facts = row.writer()(load(model), path, bits)
     return {"model": model, "home": home, "file": str(path), "bits": bits, "bytes": path.stat().st_size, **facts}
+
+
+def _export_ranges(model: str, out: str | None, bits: int | None) -> dict[str, Any]:
+    from netsuke.export.ranges import write
+    from netsuke.models.load import load
+
+    if bits is not None:
+        attempt = "netsuke compress, which chooses them"
+        raise NetsukeError(f"export {model} as ranges", f"--bits is {bits}", "the model's own bit map", attempt)
+    path = Path(out or f"{Path(model).stem}-ranges")
+    facts = write(load(model), path)
+    size = sum(f.stat().st_size for f in path.iterdir())
+    return {"model": model, "home": "ranges", "file": str(path), **facts, "bytes": size}
 
 
 def _export_c(

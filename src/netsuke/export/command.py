@@ -50,6 +50,11 @@ def register(app: typer.Typer) -> None:
             for sentence in got["notes"]:
                 note.print(f"note: {sentence}", highlight=False)
             return
+        if home == "ranges":
+            table = Table("folder", "bytes", "modules", *(f"ranges of {bits}" for bits in got["bits"]))
+            table.add_row(got["file"], format_bytes(got["bytes"]), str(got["modules"]), *map(str, got["bits"].values()))
+            Console().print(table)
+            return
         table = Table("file", "bytes", *got["types"], "unchanged maps")
         counts = [str(n) for n in got["types"].values()]
         table.add_row(got["file"], format_bytes(got["bytes"]), *counts, f"{got['exact']} of {got['maps']}")
