@@ -373,4 +373,4 @@ def test_every_command_is_a_function_and_has_help(monkeypatch, capsys):
         assert code == 0 and "--json" in out
         assert callable(getattr(bricks, command)) and getattr(bricks, command).__doc__
     with pytest.raises(AttributeError, match="no attribute 'sell'"):
-        bricks.sell
+        bricks.sell()
