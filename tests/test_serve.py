@@ -417,3 +417,55 @@ def test_the_real_engine_answers_as_it_does_alone():
             server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0
         assert json.loads(server.stdout.read())["requests"] == 10
+
+
+@contextlib.contextmanager
+def served(model: Path, *options: str) -> Iterator[tuple[dict, openai.OpenAI]]:
+    """`netsuke serve MODEL` in a process of its own: what it says when it is ready, and a client."""
+    command = [sys.executable, "-m", "netsuke", "serve", str(model), "--port", "0", "--json", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            where = json.loads(server.stdout.readline())
+            yield where, openai.OpenAI(base_url=where["url"] + "/v1", api_key="none", max_retries=0, timeout=60)
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+
+
+def test_static_grids_are_served_in_integers(tmp_path):
+    """Several at a time, each answered as the reference in NumPy answers it alone."""
+    pytest.importorskip("netsuke._native", reason="this installation has no native engine")
+    from netsuke.models.load import load
+    from netsuke.runtime.integer import IntegerModel
+    from tests.runtime.static_models import static_artifact
+
+    folder = static_artifact(tmp_path, eos=())
+    loaded = load(folder)
+    integer, tok = IntegerModel.of_model(loaded.model), loaded.tokenizer
+    prompts = [f"if {i}:" for i in range(6)]
+    alone = [tok.decode(list(integer.generate(tok.encode(p, bos=True), 12))) for p in prompts]
+    with served(folder, "--slots", "3") as (where, client):
+        assert where["backend"] == "integer" and where["slots"] == 3 and "note" not in where
+
+        def ask(prompt: str) -> str:
+            got = client.completions.create(model=where["model"], prompt=prompt, max_tokens=12, temperature=0)
+            return got.choices[0].text
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(ask, prompts)) == alone
+
+
+def test_many_slots_of_an_input_sparse_model_are_warned_about(tmp_path):
+    pytest.importorskip("netsuke._native", reason="this installation has no native engine")
+    from netsuke.layers.sparse import InputSparse
+    from tests.models.hostile import artifact, tiny_model
+    from tests.runtime.engine_cases import swap
+
+    def thinned(leaf, layer):
+        return InputSparse.from_dense(layer, 0.1) if leaf == "up" else layer
+
+    folder = artifact(tmp_path, swap(tiny_model(), thinned))
+    with served(folder) as (where, _):
+        assert where["slots"] == 4 and "with 4 of them nearly all" in where["note"] and "--slots 1" in where["note"]
+    with served(folder, "--slots", "3") as (where, _):
+        assert "note" not in where
