@@ -108,9 +108,10 @@ def _building(maps: dict[str, Layer], blocks: list[list[Layer]]) -> tuple[int, i
 
 
 def integer_cost(card: Device, model: Llama, *, context: int, tokens: int, batch: int = 1) -> Cost:
-    """What a pass over `tokens` tokens costs on a device (native_plan.native_work): all in integers, on one of its cores."""
+    """What a pass over `tokens` tokens costs on a device (native_plan.native_work), on one of its cores. Attention multiplies
+    32-bit integers, which is counted as float32 is."""
     specs = {name: m.spec() for name, m in model.linears().items()}
     work = native_work(model.cfg, specs, context=context, tokens=tokens, batch=batch, kv="int8")
-    work = replace(work, macs=work.macs + work.float_macs, float_macs=0, layers=0)
-    alone = card.cost(replace(work, macs=work.macs * card.cores))
+    work = replace(work, layers=0)  # no threads that meet
+    alone = card.cost(replace(work, macs=work.macs * card.cores, float_macs=work.float_macs * card.cores))
     return replace(card.cost(work), latency=alone.latency, bound=alone.bound)
