@@ -257,9 +257,12 @@ def svd_start(name: str, quick: bool) -> Measured:
     got = {s: excess(name, s, 0.5, steps, quick) for s in ("svd", "random", "whitened-svd")}
     before = {s: excess(name, s, 0.5, 0, quick) for s in got}
     shown = _table(got, before)
-    lost = {s: max(e, 0.0) for s, e in got.items()}  # a start that ends below the dense model has no excess
-    ratio = lost["svd"] / max(lost["random"], 1e-9)
-    return Measured(f"{ratio:.2f}x the excess; {shown}", None if quick else ratio <= 0.5, {**got, "judged": ratio})
+    lost = {s: max(e, 0.0) for s, e in got.items()}
+    if not lost["random"]:  # then there is nothing to halve: only a start that loses nothing either is as good
+        shown, met = f"the random start ends below the dense model; {shown}", not lost["svd"]
+    else:
+        shown, met = f"{lost['svd'] / lost['random']:.2f}x the excess; {shown}", lost["svd"] <= 0.5 * lost["random"]
+    return Measured(shown, None if quick else met, got)
 
 
 def whitened_start(name: str, quick: bool) -> Measured:
