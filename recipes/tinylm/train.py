@@ -102,7 +102,11 @@ def main() -> None:
         "bits_per_byte_validation": bits_per_byte(model, 64), "log": log,
     }  # fmt: skip
     (HERE / f"training-{args.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    provenance = {"recipe": "recipes/tinylm", "training_log": f"recipes/tinylm/training-{args.name}.json"}
+    provenance = {
+        "data": "domains",
+        "recipe": "recipes/tinylm",
+        "training_log": f"recipes/tinylm/training-{args.name}.json",
+    }
     shown = HFTokenizer(TOKENIZER.read_bytes(), bos=0, eos=(0,))
     save_artifact(SHIPPED / f"{args.name}.netsuke", half_precision(model.requires_grad_(False)), shown, provenance, {})
     print(f"done: {tokens:,} tokens in {history.seconds / 60:.1f} min", facts["bits_per_byte_validation"], flush=True)

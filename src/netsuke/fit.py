@@ -82,7 +82,7 @@ def register(app: typer.Typer) -> None:
         energy: Annotated[str | None, typer.Option(help="per generated token, e.g. 2mJ")] = None,
         max_loss: Annotated[str | None, typer.Option(help="largest acceptable rise of the metric, e.g. 2%")] = None,
         data: Annotated[
-            str | None, typer.Option(help="UTF-8 text file or folder (cut 80/10/10), or python-library")
+            str | None, typer.Option(help="UTF-8 text file or folder (cut 80/10/10), python-library, domains")
         ] = None,
         context: Annotated[int | None, typer.Option(help="tokens per window and in the cache")] = None,
         out: Annotated[str | None, typer.Option("-o", "--out", help="the artifact to write, NAME.netsuke")] = None,

@@ -81,3 +81,23 @@ def test_strided_loss_equals_the_definition():
         if scored_until == 74:
             break
     assert strided_loss(model, ids, context, stride) == pytest.approx(total / 74, rel=1e-5)
+
+
+def test_the_built_in_kinds_of_text_are_mixed_and_those_that_are_absent_are_left_out(monkeypatch):
+    from netsuke.data import domains
+
+    monkeypatch.setattr(domains, "missing", lambda names: [] if set(names) <= {"coding", "math"} else ["a file"])
+    documents = {
+        ("coding", s): tuple(f"{s}{i} = {i}\n" * 9 for i in range(40)) for s in ("train", "validation", "test")
+    }
+    documents |= {
+        ("math", s): tuple(f"Question {s} {i}: {i} + 1?\n" for i in range(90)) for s in ("train", "validation", "test")
+    }
+    monkeypatch.setattr(domains, "documents", lambda domain, split: documents[domain, split])
+    task = LanguageModeling.built_in_domains(tiny_tokenizer(), 16)
+    assert task.source == "built-in domains: coding, math"
+    for split, text in task.texts.items():
+        assert all(other not in text for other in {"train", "validation", "test"} - {split})
+        math_bytes = sum(len(line) + 1 for line in text.splitlines() if line.startswith("Question"))
+        assert 0.4 < math_bytes / len(text) < 0.6
+        assert "Question" in text[: len(text) // 8] and " = " in text[: len(text) // 8]

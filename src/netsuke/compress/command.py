@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         vocab: Annotated[int | None, typer.Option(help="instead: keep so many pieces of the tokenizer")] = None,
         rule: Annotated[str, typer.Option(help="of --vocab: closed (every piece reachable) or frequency")] = "closed",
-        data: Annotated[str | None, typer.Option(help="UTF-8 text file or folder, or python-library")] = None,
+        data: Annotated[str | None, typer.Option(help="UTF-8 text file or folder, python-library, domains")] = None,
         context: Annotated[int | None, typer.Option(help="tokens per window")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
     ) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import random
 import re
 import struct
 from functools import cache
@@ -67,6 +68,16 @@ def documents(domain: str, split: str) -> tuple[str, ...]:
             attempt="NETSUKE_DATA=FOLDER, pip install --no-deps django",
         )  # fmt: skip
     return tuple(readers[domain](split))
+
+
+def sample(domain: str, split: str, size: int) -> list[str]:
+    """`size` bytes of a domain's split (all of it where there is less), documents in a fixed shuffled order."""
+    texts, own, left = [], list(documents(domain, split)), size
+    random.Random(0).shuffle(own)
+    while left > 0 and own:
+        texts.append(own.pop()[:left])
+        left -= len(texts[-1].encode())
+    return texts
 
 
 def bucket(text: str) -> int:

@@ -145,11 +145,4 @@ class DomainModeling:
 
 def equal_sample(size: int, share: Sequence[str] = domains.DOMAINS) -> list[str]:
     """`size` bytes of every domain's train text (all of it where there is less): what a tokenizer is trained or trimmed on."""
-    texts = []
-    for domain in share:
-        own, left = list(domains.documents(domain, "train")), size
-        random.Random(0).shuffle(own)
-        while left > 0 and own:
-            texts.append(own.pop()[:left])
-            left -= len(texts[-1].encode())
-    return texts
+    return [text for domain in share for text in domains.sample(domain, "train", size)]

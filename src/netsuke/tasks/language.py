@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netsuke.data import pysource
+from netsuke.data import domains, pysource
 from netsuke.errors import NetsukeError
 from netsuke.models.tokenizer import Tokenizer
 from netsuke.tasks.base import Split
@@ -25,6 +26,7 @@ from netsuke.tasks.base import Split
 if TYPE_CHECKING:
     from netsuke.models.load import Loaded
 
+DOMAIN_BYTES = {"train": 400_000, "validation": 60_000, "test": 60_000}  # of each kind of built-in text, at most
 TEXT_ENDINGS = {".txt", ".md", ".py", ".rst", ".json", ".jsonl", ".csv", ".html", ".c", ".h", ".js", ".ts"}
 
 
@@ -72,6 +74,18 @@ class LanguageModeling:
         """The standard library of this interpreter, split by module path (data/pysource.py)."""
         texts = {split: pysource.text(split) for split in pysource.SPLITS}
         return cls(texts, tokenizer, context, batch, source="Python standard library, split by module path")
+
+    @classmethod
+    def built_in_domains(cls, tokenizer: Tokenizer, context: int = 512, batch: int = 8) -> LanguageModeling:
+        """The kinds of text in data/domains.py that are here, as many bytes of each (the library is there always), documents of
+        all kinds mixed, so that any prefix of a split is a fair sample."""
+        here, texts = [d for d in domains.DOMAINS if not domains.missing((d,))], {}
+        for split in pysource.SPLITS:
+            size = min(DOMAIN_BYTES[split], min(sum(map(len, domains.documents(d, split))) for d in here))
+            mixed = [text for d in here for text in domains.sample(d, split, size)]
+            random.Random(0).shuffle(mixed)
+            texts[split] = "\n".join(mixed)
+        return cls(texts, tokenizer, context, batch, source=f"built-in domains: {', '.join(here)}")
 
     @classmethod
     def from_path(cls, path: str | Path, tokenizer: Tokenizer, context: int = 512, batch: int = 8) -> LanguageModeling:
@@ -156,8 +170,8 @@ class LanguageModeling:
 
 
 def language_task(loaded: Loaded, data: str | None, context: int | None) -> LanguageModeling:
-    """The task on which a loaded model is measured: `data` (a UTF-8 file or folder, or "python-library"), or the data that
-    the model's own manifest names.
+    """The task on which a loaded model is measured: `data` (a UTF-8 file or folder, "python-library" or "domains"), or the data
+    that the model's own manifest names.
 
     Windows have `context` tokens, by default as many as the model has, at most 512. Raises NetsukeError when the model has
     no tokenizer, or neither the caller nor the manifest names a text.
@@ -174,11 +188,12 @@ def language_task(loaded: Loaded, data: str | None, context: int | None) -> Lang
     data = data or (loaded.manifest or {}).get("provenance", {}).get("data")
     if data is None:
         raise NetsukeError(
-            f"measure {loaded.source}", "no text was named to measure it on", "a UTF-8 file or folder, or python-library",
+            f"measure {loaded.source}", "no text was named to measure it on", "a UTF-8 file or folder, python-library or domains",
             "--data FILE, with text like what the model will meet",
         )  # fmt: skip
-    if data == "python-library":
-        return LanguageModeling.python_library(loaded.tokenizer, context)
+    built_in = {"python-library": LanguageModeling.python_library, "domains": LanguageModeling.built_in_domains}
+    if data in built_in:
+        return built_in[data](loaded.tokenizer, context)
     return LanguageModeling.from_path(data, loaded.tokenizer, context)
 
 
