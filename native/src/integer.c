@@ -180,6 +180,21 @@ static void linear(const nsi_linear *l, const int16_t *x, int16_t *y, int T, uin
   }
 }
 
+/* The sum of (256 high + low) w over n numbers: high has 14 bits, low 8, w 8. 256 products of 22 bits stay below 2^31. */
+static int64_t long_dot(const int16_t *high, const int16_t *low, const uint8_t *w, int n) {
+  int64_t sum = 0;
+  for (int at = 0; at < n; at += 256) {
+    int32_t upper = 0, lower = 0;
+    int end = n - at < 256 ? n : at + 256;
+    for (int i = at; i < end; i++) {
+      upper += high[i] * (int16_t)w[i];
+      lower += low[i] * (int16_t)w[i];
+    }
+    sum += (int64_t)upper * 256 + lower;
+  }
+  return sum;
+}
+
 static int64_t root(int64_t n) { /* floor of the square root, n >= 1 */
   int64_t r = (int64_t)1 << 31, better;
   while ((better = (r + n / r) >> 1) < r) r = better;
@@ -329,11 +344,13 @@ int nsi_forward(const nsi_model *m, const nsi_call *call) {
       in[i] = summed(&m->left, x[(size_t)t * C + i] - end->middle_zero, y[(size_t)t * C + i] - end->down_zero);
     norm(&m->norm, in, out, C);
     int64_t all = 0;
-    for (int i = 0; i < C; i++) all += out[i];
+    for (int i = 0; i < C; i++) {
+      all += out[i];
+      q[i] = (int16_t)(out[i] >> 8); /* 22 bits in two parts, for products of 16 bits; q and k are done with */
+      k[i] = (int16_t)(out[i] & 255);
+    }
     for (int o = 0; o < m->vocab; o++) {
-      const uint8_t *w = m->head + (size_t)o * C;
-      int64_t sum = 0;
-      for (int i = 0; i < C; i++) sum += out[i] * w[i]; /* 22 by 8 bits */
+      int64_t sum = long_dot(q, k, m->head + (size_t)o * C, C);
       line[o] = ((sum - all * m->head_zeros[o]) * m->head_m[o] + ((int64_t)1 << (m->head_shift - 1))) >> m->head_shift;
     }
     line += m->vocab;
