@@ -43,6 +43,9 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/plan.py --json
 	$(BIN)/python benchmarks/quantization.py --json
 	$(BIN)/python benchmarks/allocation.py --json
+	$(BIN)/python benchmarks/methods.py --json
+	$(BIN)/python benchmarks/matrix.py --json
+	$(BIN)/python benchmarks/carved.py --json
 	$(BIN)/python benchmarks/sparse.py --json
 	$(BIN)/netsuke bench lm -o benchmarks/results/lm.json
 	$(BIN)/python benchmarks/serve_load.py --json

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-
-
-def read(path: str) -> Any:
-    file = ROOT / path
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def where(run: dict[str, Any]) -> str:
-    return f"{run['cpu']}, {run['cores']} cores, torch {run['torch']}, {run['date']}, commit {run['commit']}"
-
-
-def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows)).replace(" --- ", "---")
+from ecg_docs import grid
+from pages import read, where
 
 
 def settings(methods: list[dict[str, Any]]) -> str:
@@ -61,7 +47,7 @@ def duels() -> str:
         rows.append([budget, ours, single, ratio])
     met = sum(d.get("met", True) for d in got["duels"])
     return (
-        table(("budget", "`fit`, all choices", "best single setting", "ratio of excess losses"), rows)
+        grid(("budget", "`fit`, all choices", "best single setting", "ratio of excess losses"), rows)
         + f"\n\nExcess loss over the 16-bit model on test text, scored once. At most {got['bar']} is the bar: met at {met} of "
         f"{len(got['duels'])} budgets. Latencies are those of the card of {got['device']}."
     )
@@ -83,7 +69,7 @@ def points() -> str:
         ]
         for p in got["points"]
     ]  # fmt: skip
-    return table(("method", "setting", "bytes", "perplexity", "tokens/s", "time to make it"), rows)
+    return grid(("method", "setting", "bytes", "perplexity", "tokens/s", "time to make it"), rows)
 
 
 def carved() -> str:
@@ -105,7 +91,7 @@ def carved() -> str:
     )
     busy = f"; load {got['load_average']:.1f} when it began" if got["load_average"] > 0.5 else ""
     return (
-        table(("side", "bytes", "perplexity, test text, own runtime", "tokens/s (quartiles)"), rows)
+        grid(("side", "bytes", "perplexity, test text, own runtime", "tokens/s (quartiles)"), rows)
         + f"\n\n`{got['model']}`, {got['settings']['threads']} threads each, sides in turn "
         f"(`python benchmarks/carved.py`; {where(got['run'])}{busy}): {said}."
     )
@@ -120,7 +106,26 @@ def claim(system: str, start: str) -> str:
     return "\n".join(f"- {c['text']}: {c['measured']} (bar {c['bar']}: {c['verdict']})" for c in rows)
 
 
+def matrix() -> str:
+    """Which pairs of methods compose, over all shipped models."""
+    got = read("benchmarks/results/matrix.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/matrix.py --json`."
+    rows, names = got["rows"], list(dict.fromkeys(r["model"] for r in got["rows"]))
+    lines = []
+    for name in names:
+        own = [r for r in rows if r["model"] == name]
+        whole = sum(r["composes"] for r in own)
+        why = dict.fromkeys(f"`{' then '.join(r['methods'])}`" for r in own if not r["composes"])
+        lines.append([f"`{name}`", f"{whole} of {len(own)}", ", ".join(why) or "none"])
+    head = (
+        f"Single methods and pairs, each applied, read back and compared (`python benchmarks/matrix.py`; {where(got['run'])}). "
+        "What is refused says which map stands in the way and what to do; the sentences are in the result file."
+    )
+    return head + "\n\n" + grid(("model", "compose", "refused"), lines)
+
+
 PARTS = {
     "methods-chart": chart, "methods-duels": duels, "methods-points": points, "methods-carved": carved,
-    "methods-memory": lambda: claim("zeroqat", "memory"),
+    "methods-matrix": matrix, "methods-memory": lambda: claim("zeroqat", "memory"),
 }  # fmt: skip

@@ -293,3 +293,6 @@ if __name__ == "__main__":
     fill(ROOT / "README.md")
     fill(ROOT / "docs/measurements.md")
     fill(ROOT / "docs/microcontrollers.md")
+    from methods_docs import PARTS as OF_METHODS  # which takes `read` and `where` from here
+
+    fill(ROOT / "docs/methods.md", OF_METHODS)
