@@ -19,6 +19,7 @@ def picture(got: dict[str, Any], out: Path, peer: str = "llama.cpp") -> None:
 
     `got` is what `bench("lm")` returned; `out` ends in .svg or .png.
     """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
@@ -46,4 +47,5 @@ def picture(got: dict[str, Any], out: Path, peer: str = "llama.cpp") -> None:
     panels[0].invert_yaxis()
     panels[-1].legend(frameon=False, fontsize=8)
     figure.supxlabel(f"times as good as {peer}\nright of the line netsuke is better", fontsize=9)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    with matplotlib.rc_context({"svg.hashsalt": "netsuke"}):  # the same figures make the same file
+        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
