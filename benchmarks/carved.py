@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from netsuke.bench.lm import PAST, alternate, quartiles, works
-from netsuke.bench.peers import EngineSide, LlamaCppSide
+from netsuke.bench.peers import EngineSide, LlamaCppSide, llama_cpp_quietly
 from netsuke.devices.probe import core_count
 from netsuke.export import gguf
 from netsuke.fit import fit
@@ -43,8 +43,7 @@ BATCHES = 8  # of validation text
 
 def quantized_by_peer(source: Path, out: Path, kind: str) -> Path:
     """llama.cpp's own Q8_0 or Q4_0 of a GGUF file."""
-    import llama_cpp
-
+    llama_cpp = llama_cpp_quietly()
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.nthread = 1
@@ -63,8 +62,6 @@ def peer_logits(side: LlamaCppSide, row: list[int]) -> np.ndarray:
     if code := cpp.llama_decode(side.context, batch):
         raise RuntimeError(f"llama_decode returned {code}")
     got = np.ctypeslib.as_array(cpp.llama_get_logits(side.context), (len(row), side.vocab)).copy()
-    side.cut(0)
-    side.shape = 0  # `feed` fills its batch anew
     return got
 
 
@@ -79,6 +76,15 @@ def loss_of(logits: Any, task: LanguageModeling, split: str, limit: int | None =
             total -= float(logp.gather(-1, row[1:, None]).sum())
             count += len(row) - 1
     return total / count
+
+
+def peer_loss(file: Path, task: LanguageModeling, split: str, limit: int | None = None) -> float:
+    """Of a GGUF file in llama.cpp; one thread, which on a shared machine waits for no other."""
+    side = LlamaCppSide(file, task.context, 1, 1)
+    try:
+        return loss_of(lambda row: peer_logits(side, row), task, split, limit)
+    finally:
+        side.close()
 
 
 def engine_loss(folder: Path, task: LanguageModeling, split: str) -> float:
@@ -98,6 +104,7 @@ def main() -> None:
     ask.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
     args = ask.parse_args()
     threads, busy = core_count(), os.getloadavg()[0]
+    torch.set_num_threads(1)  # beside other programs two would wait for one another
     loaded = load(args.model)
     task = language_task(loaded, None, None)
     with tempfile.TemporaryDirectory() as name:
@@ -106,8 +113,7 @@ def main() -> None:
         gguf.write(loaded, whole, 16)
         files = {kind: quantized_by_peer(whole, folder / f"{kind}.gguf", kind) for kind in BARS}
         base = save_artifact(folder / "whole.netsuke", loaded.model, loaded.tokenizer, {}, {})
-        theirs = {k: LlamaCppSide(f, task.context, 1, threads) for k, f in files.items()}
-        validation = loss_of(lambda row: peer_logits(theirs["Q4_0"], row), task, "validation", BATCHES)
+        validation = peer_loss(files["Q4_0"], task, "validation", BATCHES)
         dense = loaded.model.float()
         with torch.no_grad():
             allowed = math.expm1(validation - task.mean_loss(dense, "validation", BATCHES))
@@ -115,10 +121,11 @@ def main() -> None:
         for label, loss in (("3 %", ALLOWED), ("no more than Q4_0", allowed)):
             reports[label] = fit(args.model, "this", max_loss=f"{loss:.4%}", out=str(folder / f"{len(carved)}.netsuke"))
             carved[label] = Path(reports[label]["artifact"])
-        losses = {k: loss_of(lambda row, s=s: peer_logits(s, row), task, "test") for k, s in theirs.items()}
+        losses = {k: peer_loss(f, task, "test") for k, f in files.items()}
         losses |= {k: engine_loss(f, task, "test") for k, f in carved.items()}
         losses["16 bits"] = engine_loss(base, task, "test")
-        sides = theirs | {k: EngineSide(f, task.context, 1, threads) for k, f in carved.items()}
+        sides = {k: LlamaCppSide(f, task.context, 1, threads) for k, f in files.items()}
+        sides |= {k: EngineSide(f, task.context, 1, threads) for k, f in carved.items()}
         ids = task.ids("validation")[: max(PAST, 128)].tolist()
         decode = works(ids, 1, ())[0]
         seconds = alternate(sides, decode, ids, ROUNDS, TURN, [])

@@ -78,7 +78,7 @@ class LlamaCppSide:
     """llama.cpp on a GGUF file: weights mapped (and repacked) as it defaults, context and threads as asked."""
 
     def __init__(self, file: Path, context: int, sequences: int, threads: int):
-        self.cpp = cpp = _llama_cpp()
+        self.cpp = cpp = llama_cpp_quietly()
         model = cpp.llama_model_default_params()
         model.n_gpu_layers = 0
         self.model = cpp.llama_model_load_from_file(str(file).encode(), model)
@@ -208,7 +208,8 @@ def _hf_config(transformers: Any, cfg: Any) -> Any:
     )  # fmt: skip
 
 
-def _llama_cpp() -> Any:
+def llama_cpp_quietly() -> Any:
+    """The package, its log switched off."""
     import llama_cpp
 
     global _quiet
@@ -277,7 +278,7 @@ FLAGS = {  # of /proc/cpuinfo -> what llama.cpp calls it; what a native build wo
 
 def system_info() -> dict[str, Any]:
     """What llama.cpp was built with, and which instruction sets of this processor it lacks: {system_info, missing}."""
-    words = _llama_cpp().llama_print_system_info().decode()
+    words = llama_cpp_quietly().llama_print_system_info().decode()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
