@@ -7,6 +7,7 @@ results/*.json. A part whose source is missing says so.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -261,6 +262,78 @@ def litert(got: dict[str, Any]) -> str:
     )
 
 
+def compressors() -> str:
+    got = read("benchmarks/results/compressors.json")
+    if got is None:
+        return "Not measured yet: `python benchmarks/compressors.py --json`."
+    names = {k: v for m in got["models"] for library in m["versions"].values() for k, v in library.items()}
+    libraries = ", ".join(f"{k} {v}" for k, v in names.items() if k not in ("torch", "transformers"))
+    apart = max(a for m in got["models"] for library in m["apart"].values() for a in library.values())
+    windows = got["windows"]
+    head = (
+        f"The same model, calibration text ({windows['calibration']} windows of {got['context']} tokens) and held-out text "
+        f"({windows['test']} windows, scored once a row) on both sides; the unmodified model's losses and logits agree to "
+        f"{apart:.0e} (`python benchmarks/compressors.py`; {where(got['run'])}; {libraries}). x is perplexity over the "
+        "unmodified model's; MB are of the folder (weights, configuration, tokenizer); seconds are of processor time, one run. "
+        "The carving is what `fit` makes of no more bytes than the peer's folder has: one serves peers up to "
+        f"{got['near'] - 1:.0%} larger, and one that loses nothing measurable every larger peer. Ratio: its excess loss over "
+        f"the peer's, where that is {got['least']} nats or more; better and worse: by more than two standard errors over the "
+        "windows."
+    )
+    kinds = {"free": "The carving free", "table 16 bits": "its table kept at 16 bits"}
+    counts = [
+        f"{what}: {s['better']} better, {s['even']} even, {s['worse']} worse"
+        + (f", median of {s['ratios']} ratios {s['median_ratio']:.2f}" if s["ratios"] else "")
+        for what, s in ((kinds[k], got["summary"][k]) for k in kinds)
+        if s["better"] + s["even"] + s["worse"]
+    ]
+    parts = [head, "; ".join(counts) + "."]
+    for m in got["models"]:
+        parts += [f"### {m['model']}", compressors_peers(m), compressors_own(m)]
+    return "\n\n".join(parts)
+
+
+def compressors_peers(m: dict[str, Any]) -> str:
+    """One model's peers, each beside the carvings of no more bytes."""
+    fixed = any(d["table"] is not None for d in m["duels"])
+    head = "| peer | setting | left unquantized | MB | x | s | carving, MB | x | ratio |  |"
+    head += " table at 16 bits: ratio |  |" * fixed
+    rows = [head, "|---" * (head.count("|") - 1) + "|"]
+    for r in m["peers"]:
+        if "error" in r:
+            rows.append(f"| {r['peer']} | {r['setting']} | {r['error']} |" + " |" * (head.count("|") - 4))
+            continue
+        cells = [
+            r["peer"], r["setting"], r["left"], f"{r['all'] / 1e6:.2f}", f"{r['perplexity_ratio']:.4f}", f"{r['busy']:.1f}",
+        ]  # fmt: skip
+        mine = {d["table"]: d for d in m["duels"] if (d["peer"], d["setting"]) == (r["peer"], r["setting"])}
+        for table in (None, 16)[: 1 + fixed]:
+            d = mine.get(table, {})
+            if table is None:
+                size, x = d.get("all_netsuke"), d.get("excess_netsuke")
+                cells += [
+                    "" if size is None else f"{size / 1e6:.2f}",
+                    "" if x is None else f"{math.exp(min(x, 50)):.4f}",
+                ]
+            cells += ["" if d.get("ratio") is None else f"{d['ratio']:.2f}", d.get("error") or d.get("verdict", "")]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def compressors_own(m: dict[str, Any]) -> str:
+    """One model's rows of netsuke's single methods."""
+    rows = ["| netsuke, one method | left unquantized | MB | x | s |", "|---|---|---|---|---|"]
+    rows += [
+        f"| {r['setting']} | {r['left']} | {r['all'] / 1e6:.2f} | {r['perplexity_ratio']:.4f} | {r['busy']:.1f} |"
+        for r in m["netsuke"]
+    ]
+    spent = [f["busy"] for f in m["fits"] if "busy" in f]
+    note = f"Unmodified: {m['all'] / 1e6:.2f} MB."
+    if spent:
+        note += f" A carving takes {min(spent):.0f} to {max(spent):.0f} s, most of it to measure the choices."
+    return "\n".join(rows) + f"\n\n{note}"
+
+
 MET = {  # what the row of a network misses, by the name of its bar in litert.json
     "outputs_to_off": "outputs to off", "outputs_to_on": "outputs to on", "operators": "operators",
     "latency_to_off": "latency",
@@ -270,6 +343,7 @@ PARTS = {
     "demo": demo,
     "measured": allocation,
     "quantization": quantization,
+    "compressors": compressors,
     "plans": plans,
     "lm": lm,
     "lm-short": lm_short,
