@@ -58,10 +58,10 @@ SINGLES: dict[str, list[list[Method]]] = {
     "quantize": [[Quantize(b)] for b in (8, 4, 3, 2)],
     "modegpt": [[MoDeGPT(remove=r, allocate="uniform")] for r in (0.1, 0.2, 0.3, 0.5)],
     "factorize": [[Factorize(rank=r)] for r in (0.75, 0.5, 0.35)],
-    "factorize, tuned": [[Factorize(rank=r, finetune=100)] for r in (0.5, 0.35)],
-    "inherit": [[Inherit(keep=k, steps=100)] for k in (0.7, 0.5)],
+    "factorize, tuned": [[Factorize(rank=0.5, finetune=100)]],
+    "inherit": [[Inherit(keep=0.7, steps=100)]],
     "sparsify": [[Sparsify(s)] for s in (0.3, 0.5, 0.6, 0.7)],
-    "zeroqat": [[ZeroQAT(w=w, group=64, steps=60)] for w in (4, 3, 2)],
+    "zeroqat": [[ZeroQAT(w=w, group=64, steps=60)] for w in (3, 2)],
     "quantize, healed": [[Quantize(b), Heal(steps=60)] for b in (3, 2)],
 }
 
