@@ -3,10 +3,10 @@
     python benchmarks/compressors.py [--json] [--peer-python PYTHON …] [--model NAME …] [--only LIBRARY …]
 
 torchao, optimum-quanto, torch-pruning and llmcompressor compress the same model on the same calibration text, each in a process
-of its own and in the first PYTHON that has it (default: this one); compressors_peer.py says with which settings. The first three
-install beside netsuke: pip install -c constraints.txt 'netsuke[peers]'. llmcompressor needs an older transformers and an
-environment of its own: pip install llmcompressor==0.14.0.1 torch==2.13.0. A library that no PYTHON has, or that fails, is a row
-that says so.
+of its own and in the first PYTHON that imports it (default: this one); compressors_peer.py says with which settings. The first
+three install beside netsuke: pip install -c constraints.txt 'netsuke[peers]'. llmcompressor needs an older transformers and an
+environment of its own: pip install llmcompressor==0.14.0.1 torch==2.13.0. A library that no PYTHON imports, or that fails, is a
+row that says so.
 
 Bytes are those of the safetensors that each would store; a model is scored in float32 with the weights that these stand for, on
 the same windows of held-out text, once. Losses of the unmodified model must agree to 1e-4 on both sides, its logits too.
@@ -49,29 +49,49 @@ from netsuke.models.llama import half_precision
 
 RESULT = Path(__file__).parent / "results/compressors.json"
 PEER = Path(__file__).parent / "compressors_peer.py"
-LIBRARIES = ("torchao", "optimum-quanto", "torch-pruning", "llmcompressor")
+LIBRARIES = {
+    "torchao": "torchao.quantization", "optimum-quanto": "optimum.quanto", "torch-pruning": "torch_pruning",
+    "llmcompressor": "llmcompressor",
+}  # fmt: skip
 SAME = 1e-4  # of losses and logits of the unmodified model on both sides
 NEAR = 1.05  # folders up to this much larger share a carving
 NOTHING = 1e-4  # nats per token: a carving that loses less serves every larger folder
 LEAST = 1e-3  # nats per token of excess below which a ratio says nothing
 CHANNELS = (0.1, 0.25)  # as torch-pruning cuts
-HAS = "import importlib.metadata as m, json, sys\nprint(json.dumps([d.metadata['Name'] for d in m.distributions()]))"
+IMPORTS = """
+import importlib, io, json, sys
+said, sys.stdout = sys.stdout, io.StringIO()
+found = {}
+for library, module in json.loads(sys.argv[1]).items():
+    try:
+        importlib.import_module(module)
+        found[library] = None
+    except Exception as e:
+        found[library] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+print(json.dumps(found), file=said)
+"""
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def find_libraries(pythons: list[str]) -> dict[str, str]:
-    """Library -> the first of the interpreters that has it. SystemExit where there is no such interpreter."""
-    out: dict[str, str] = {}
+def find_libraries(pythons: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Library -> the first of the interpreters that imports it; library -> why none does. SystemExit where there is no such
+    interpreter."""
+    found: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for python in pythons:
         try:
-            said = subprocess.run([python, "-c", HAS], capture_output=True, text=True)
+            command = [python, "-c", IMPORTS, json.dumps(LIBRARIES)]
+            said = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUIET)
         except OSError as e:
             raise SystemExit(f"--peer-python {python}: {e.strerror}") from None
         if said.returncode:
             raise SystemExit(f"--peer-python {python}: it is no Python that runs")
-        names = set(json.loads(said.stdout))
-        out |= {library: python for library in LIBRARIES if library in names and library not in out}
-    return out
+        for library, error in json.loads(said.stdout).items():
+            if error is None:
+                found.setdefault(library, python)
+            elif not missing.get(library) or "No module named" in missing[library]:
+                missing[library] = error
+    return found, {library: error for library, error in missing.items() if library not in found}
 
 
 def ask_peer(library: str, python: str, job: dict[str, str], place: Path) -> list[dict[str, Any]]:
@@ -100,16 +120,13 @@ def check_same(subject: Subject, first: dict[str, Any], logits: Path) -> dict[st
     return apart
 
 
-def peers(subject: Subject, place: Path, found: dict[str, str], only: list[str]) -> dict[str, Any]:
+def peers(subject: Subject, place: Path, found: dict[str, str], missing: dict[str, str]) -> dict[str, Any]:
     """{"rows": one per setting, "apart", "versions"}; a row keeps its losses as a tensor until the duels are over."""
     job = subject.write_for_peers(place / f"{subject.name}-hf")
     beside = sum((Path(job["model"]) / f).stat().st_size for f in ("config.json", "tokenizer.json"))
     out: dict[str, Any] = {"rows": [], "apart": {}, "versions": {}}
-    for library in only:
-        if library not in found:
-            error = "no interpreter of --peer-python has it"
-            out["rows"].append({"peer": library, "setting": "", "left": "", "error": error})
-            continue
+    out["rows"] += [{"peer": k, "setting": "", "left": "", "error": error} for k, error in missing.items()]
+    for library in found:
         lines = ask_peer(library, found[library], job, place)
         if lines and "versions" in lines[0]:
             first = lines.pop(0)
@@ -210,12 +227,12 @@ def duel(peer: dict[str, Any], carved: dict[str, Any]) -> dict[str, Any]:
     return row | sizes | {"difference": mean, "standard_error": error, "ratio": ratio, "verdict": verdict}
 
 
-def compare(name: str, place: Path, found: dict[str, str], only: list[str]) -> dict[str, Any]:
+def compare(name: str, place: Path, found: dict[str, str], missing: dict[str, str]) -> dict[str, Any]:
     """All rows of one model. The table is fixed as well on the first model only: the second is there to say whether the picture
     holds."""
     subject = Subject(name, place)
     print(f"{name}: {float(subject.losses.mean()):.5f} nats per token", flush=True)
-    got = peers(subject, place, found, only)
+    got = peers(subject, place, found, missing)
     single = ours(subject, place)
     carved = carvings(subject, got["rows"], place, (None, 16) if name == next(iter(TEXTS)) else (None,))
     duels = []
@@ -252,13 +269,17 @@ def main() -> None:
     args = ask.parse_args()
     if args.json and (args.only or args.model):
         ask.error(f"--json writes all rows of {RESULT.name}: leave out --only and --model")
-    found = find_libraries(args.peer_python or [sys.executable])
+    asked = args.only or list(LIBRARIES)
+    sides = find_libraries(args.peer_python or [sys.executable])
+    found, missing = ({k: v for k, v in side.items() if k in asked} for side in sides)
+    for library, error in missing.items():
+        print(f"{library} is left out: {error}")
     torch.set_num_threads(1)
     begin, load, models = time.monotonic(), os.getloadavg()[0], []
     for name in args.model or TEXTS:
         with tempfile.TemporaryDirectory() as place:
             try:
-                models.append(compare(name, Path(place), found, args.only or list(LIBRARIES)))
+                models.append(compare(name, Path(place), found, missing))
             except NetsukeError as e:
                 raise SystemExit(str(e)) from None
     out = {

@@ -38,7 +38,24 @@ def test_a_missing_interpreter_is_one_sentence(load, monkeypatch, tmp_path):
     broken.chmod(0o755)
     with pytest.raises(SystemExit, match="it is no Python that runs"):
         bench.find_libraries([str(broken)])
-    assert set(bench.find_libraries([sys.executable])) <= set(bench.LIBRARIES)
+
+
+def test_a_library_is_run_by_the_first_interpreter_that_imports_it(load, monkeypatch, tmp_path):
+    bench = load("compressors")
+    for folder, text in (("broken", "import no_such_module"), ("whole", "")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "somewhere.py").write_text(text)
+        python = tmp_path / f"python-{folder}"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / folder} exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+    monkeypatch.setattr(bench, "LIBRARIES", {"some-where": "somewhere", "none": "no_such_library"})
+    broken, whole = str(tmp_path / "python-broken"), str(tmp_path / "python-whole")
+    found, missing = bench.find_libraries([sys.executable, broken, whole])
+    assert found == {"some-where": whole} and missing == {
+        "none": "ModuleNotFoundError: No module named 'no_such_library'"
+    }
+    _, missing = bench.find_libraries([broken])
+    assert missing["some-where"] == "ModuleNotFoundError: No module named 'no_such_module'"
 
 
 @pytest.mark.parametrize("words", [["--only", "torchao"], ["--model", "wide"]])
