@@ -1,6 +1,6 @@
 """All methods on one model: quality against bytes and against tokens/s, and `fit` with all choices against the best of them.
 
-    python benchmarks/methods.py [--model pycode] [--json] [--plot]
+    python benchmarks/methods.py [--model pycode] [--json] [--speeds] [--plot]
 
 Every method runs through its strengths; quality is perplexity on validation text, as decoded. Speed is measured in the native
 engine on real text, every model in turn with the 16-bit one. Budgets: the sizes of plain 4-, 3- and 2-bit rounding, and 0.5 and
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -26,7 +27,7 @@ import torch
 
 from netsuke.compress.factorize import Factorize
 from netsuke.compress.inherit import Inherit
-from netsuke.compress.method import Method
+from netsuke.compress.method import Method, from_json
 from netsuke.compress.modegpt import MoDeGPT
 from netsuke.compress.quantize import Quantize
 from netsuke.compress.sparse_channels import decoding, sparse_maps, total, traffic
@@ -164,6 +165,24 @@ class Bench:
         return row
 
 
+def speeds(out: dict[str, Any]) -> None:
+    """Measures the speeds of a result again, for a machine that was busy: models of the same shapes, made without their training,
+    which moves values only."""
+    bench, untrained = Bench(out["model"]), {"finetune": 0, "steps": 1}
+    for row in out["points"]:
+        model: Any = bench.dense if row["methods"] else bench.half
+        for told in row["methods"]:
+            method = from_json({k: untrained.get(k, v) for k, v in told.items()})
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = model if method.name == "heal" else method.apply(model, bench.task)
+        if not any(m["method"] in ("quantize", "zeroqat") for m in row["methods"]):
+            model = half_precision(model)
+        row["speed"] = bench.speed(model)
+        print(f"{row['name']:18} {row['bytes'] / 1e6:6.2f} MB  x{row['speed']:.2f}", flush=True)
+    out["run_of_speeds"] = provenance() | {"load_average": os.getloadavg()[0]}
+
+
 def plot(out: dict[str, Any], path: Path = PLOT) -> None:
     """Perplexity against bytes and against tokens/s, one line per method."""
     import matplotlib
@@ -199,9 +218,14 @@ def main() -> None:
     )
     ask.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
     ask.add_argument("--plot", action="store_true", help=f"draw docs/{PLOT.name} from {RESULT.name}; measures nothing")
+    ask.add_argument("--speeds", action="store_true", help=f"measure the speeds in {RESULT.name} again, and draw")
     args = ask.parse_args()
-    if args.plot:
-        plot(json.loads(RESULT.read_text(encoding="utf-8")))
+    if args.plot or args.speeds:
+        out = json.loads(RESULT.read_text(encoding="utf-8"))
+        if args.speeds:
+            speeds(out)
+            write_atomically(RESULT, lambda f: f.write((json.dumps(out, indent=1) + "\n").encode()))
+        plot(out)
         return
     if args.json and args.only:
         ask.error(f"--json writes all rows of {RESULT.name}: leave out --only")
