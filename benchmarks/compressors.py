@@ -167,8 +167,11 @@ def singles(subject: Subject) -> list[tuple[str, str, Method]]:
     rows += [(f"{b} bits, second order", "table 16 bits", Quantize(b, embed_bits=16)) for b in (4, 2)]
     for channels in CHANNELS:
         share = subject.share_of(channels)
-        method = MoDeGPT(remove=share, allocate="uniform")
-        rows.append((f"MoDeGPT, {share:.1%} of the blocks' weights removed", "all weights 16 bits", method))
+        cuts = {
+            f"MoDeGPT, {channels:.0%} of the hidden channels": MoDeGPT(remove=share, modules=("mlp",)),
+            f"MoDeGPT, as many weights ({share:.1%}) of all parts alike": MoDeGPT(remove=share, allocate="uniform"),
+        }
+        rows += [(setting, "all weights 16 bits", method) for setting, method in cuts.items()]
     return rows
 
 
