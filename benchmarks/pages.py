@@ -274,7 +274,8 @@ def compressors() -> str:
         f"The same model, calibration text ({windows['calibration']} windows of {got['context']} tokens) and held-out text "
         f"({windows['test']} windows, scored once a row) on both sides; the unmodified model's losses and logits agree to "
         f"{apart:.0e} (`python benchmarks/compressors.py`; {where(got['run'])}; {libraries}). x is perplexity over the "
-        "unmodified model's; MB are of the folder (weights, configuration, tokenizer); seconds are of processor time, one run. "
+        "unmodified model's; MB are of the folder (weights, configuration, tokenizer), zeros counted as a bit for each place and "
+        "the values left; seconds are of processor time, one run. "
         "The carving is what `fit` makes of no more bytes than the peer's folder has: one serves peers up to "
         f"{got['near'] - 1:.0%} larger, and one that loses nothing measurable every larger peer. Ratio: its excess loss over "
         f"the peer's, where that is {got['least']} nats or more; better and worse: by more than two standard errors over the "
@@ -304,7 +305,7 @@ def compressors_peers(m: dict[str, Any]) -> str:
             rows.append(f"| {r['peer']} | {r['setting']} | {r['error']} |" + " |" * (head.count("|") - 4))
             continue
         cells = [
-            r["peer"], r["setting"], r["left"], f"{r['all'] / 1e6:.2f}", f"{r['perplexity_ratio']:.4f}", f"{r['busy']:.1f}",
+            r["peer"], r["setting"], r["left"], f"{r['all'] / 1e6:.2f}", f"{r['perplexity_ratio']:.4f}", f"{r['busy']:.3g}",
         ]  # fmt: skip
         mine = {d["table"]: d for d in m["duels"] if (d["peer"], d["setting"]) == (r["peer"], r["setting"])}
         for table in (None, 16)[: 1 + fixed]:
@@ -324,7 +325,7 @@ def compressors_own(m: dict[str, Any]) -> str:
     """One model's rows of netsuke's single methods."""
     rows = ["| netsuke, one method | left unquantized | MB | x | s |", "|---|---|---|---|---|"]
     rows += [
-        f"| {r['setting']} | {r['left']} | {r['all'] / 1e6:.2f} | {r['perplexity_ratio']:.4f} | {r['busy']:.1f} |"
+        f"| {r['setting']} | {r['left']} | {r['all'] / 1e6:.2f} | {r['perplexity_ratio']:.4f} | {r['busy']:.3g} |"
         for r in m["netsuke"]
     ]
     spent = [f["busy"] for f in m["fits"] if "busy" in f]
