@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ecg_docs import grid
@@ -14,7 +15,7 @@ def settings(methods: list[dict[str, Any]]) -> str:
 
     words = []
     for one in methods:
-        usual = registry()[one["method"]]().to_json()
+        usual = json.loads(json.dumps(registry()[one["method"]]().to_json()))  # tuples are lists in the result
         knobs = ",".join(f"{k}={v}" for k, v in one.items() if v != usual.get(k))
         words.append(f"`{one['method']}{':' if knobs else ''}{knobs}`")
     return " then ".join(words) or "as trained"
@@ -24,10 +25,17 @@ def chart() -> str:
     got = read("benchmarks/results/methods.json")
     if got is None:
         return "Not measured yet: `python benchmarks/methods.py --json`."
+    again = got.get("run_of_speeds")
+    busy = (
+        f" Speeds were measured again alone ({where(again)}; load {again['load_average']:.1f})."
+        if again
+        else " Speeds are from a machine that other programs kept busy, and noisy: read them as magnitudes "
+        "(`--speeds` measures them again)."
+    )
     return (
         "![Quality against bytes and against speed](methods.svg)\n\n"
         f"`{got['model']}`, perplexity on validation text; speed in the native engine over the 16-bit model's, medians of turns "
-        f"(`python benchmarks/methods.py`; {where(got['run'])}). Stars: what `fit` carved at each budget."
+        f"(`python benchmarks/methods.py`; {where(got['run'])}). Stars: what `fit` carved at each budget.{busy}"
     )
 
 
