@@ -47,10 +47,10 @@ def duels() -> str:
     rows = []
     for d in got["duels"]:
         budget = ", ".join(f"{k} {amount(k, v)}" for k, v in d["budget"].items())
-        ours = f"+{d['excess_fit']:.4f} nats, {d['fit']['bytes'] / 1e6:.2f} MB"
+        ours = f"{d['excess_fit']:+.4f} nats, {d['fit']['bytes'] / 1e6:.2f} MB"
         single, ratio = "none fits", "–"
         if "single" in d:
-            single = f"{settings(d['single_methods'])}: +{d['excess_single']:.4f} nats"
+            single = f"{settings(d['single_methods'])}: {d['excess_single']:+.4f} nats"
             ratio = f"{d['ratio']:.2f}"
         rows.append([budget, ours, single, ratio])
     met = sum(d.get("met", True) for d in got["duels"])
