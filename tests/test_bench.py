@@ -181,7 +181,7 @@ def test_a_build_that_lacks_instructions_is_called_unfair(monkeypatch):
             return b"CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | "
 
     text = "flags\t\t: fpu avx2 avx512f avx512_vnni\n"
-    monkeypatch.setattr(peers, "_llama_cpp", Old)
+    monkeypatch.setattr(peers, "llama_cpp_quietly", Old)
     monkeypatch.setattr(Path, "read_text", lambda self: text)
     assert peers.system_info()["missing"] == ["AVX512", "AVX512_VNNI"]
 
