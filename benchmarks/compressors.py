@@ -285,15 +285,15 @@ def main() -> None:
                 models.append(compare(name, Path(place), found, missing))
             except NetsukeError as e:
                 raise SystemExit(str(e)) from None
-    out = {
-        "device": CARD, "context": CONTEXT, "windows": WINDOWS | {"calibration": CALIBRATION}, "near": NEAR, "least": LEAST,
-        "models": models, "summary": summary(models), "seconds": time.monotonic() - begin, "load": [load, os.getloadavg()[0]],
-        "time": "processor seconds of one thread, one run; the machine was busy with other work where load is above 1",
-        "run": provenance(),
-    }  # fmt: skip
-    print(json.dumps(out["summary"], indent=1))
-    if args.json:
-        write_atomically(RESULT, lambda f: f.write((json.dumps(out, indent=1) + "\n").encode()))
+        out = {
+            "device": CARD, "context": CONTEXT, "windows": WINDOWS | {"calibration": CALIBRATION}, "near": NEAR, "least": LEAST,
+            "models": models, "summary": summary(models), "seconds": time.monotonic() - begin, "load": [load, os.getloadavg()[0]],
+            "time": "processor seconds of one thread, one run; the machine was busy with other work where load is above 1",
+            "run": provenance(),
+        }  # fmt: skip
+        print(json.dumps(out["summary"], indent=1), flush=True)
+        if args.json:  # after each model: a run that is stopped leaves whole ones
+            write_atomically(RESULT, lambda f, out=out: f.write((json.dumps(out, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":
