@@ -119,8 +119,10 @@ def main() -> None:
             allowed = math.expm1(validation - task.mean_loss(dense, "validation", BATCHES))
         carved, reports = {}, {}
         for label, loss in (("3 %", ALLOWED), ("no more than Q4_0", allowed)):
+            print(f"carving: {label} ({loss:.2%} of perplexity)", flush=True)
             reports[label] = fit(args.model, "this", max_loss=f"{loss:.4%}", out=str(folder / f"{len(carved)}.netsuke"))
             carved[label] = Path(reports[label]["artifact"])
+        print("scoring the test text, each in its own runtime", flush=True)
         losses = {k: peer_loss(f, task, "test") for k, f in files.items()}
         losses |= {k: engine_loss(f, task, "test") for k, f in carved.items()}
         losses["16 bits"] = engine_loss(base, task, "test")
@@ -128,6 +130,7 @@ def main() -> None:
         sides |= {k: EngineSide(f, task.context, 1, threads) for k, f in carved.items()}
         ids = task.ids("validation")[: max(PAST, 128)].tolist()
         decode = works(ids, 1, ())[0]
+        print("decoding in turn", flush=True)
         seconds = alternate(sides, decode, ids, ROUNDS, TURN, [])
         sizes = {k: f.stat().st_size for k, f in files.items()}
         sizes |= {k: sum(f.stat().st_size for f in p.iterdir()) for k, p in carved.items()}
