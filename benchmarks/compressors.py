@@ -162,9 +162,9 @@ def line_of(row: dict[str, Any]) -> str:
 def singles(subject: Subject) -> list[tuple[str, str, Method]]:
     """netsuke's own methods beside the peers': (setting, what stays unquantized, method)."""
     rows: list[tuple[str, str, Method]] = []
-    for solver, name in (("rtn", "rounding"), ("gptq", "second order")):
+    for solver, name in (("rtn", "rounding"), ("gptq", "GPTQ"), ("descent", "descent")):
         rows += [(f"{b} bits, {name}, table 8 bits", "", Quantize(b, solver=solver)) for b in (8, 4, 3, 2)]
-    rows += [(f"{b} bits, second order", "table 16 bits", Quantize(b, embed_bits=16)) for b in (4, 2)]
+    rows += [(f"{b} bits, descent", "table 16 bits", Quantize(b, embed_bits=16)) for b in (4, 2)]
     for channels in CHANNELS:
         share = subject.share_of(channels)
         cuts = {

@@ -58,9 +58,12 @@ def quantization() -> str:
     got = read("benchmarks/results/quantization.json")
     if got is None:
         return "Not measured yet: `python benchmarks/quantization.py --json`."
-    rows = ["| bits | bytes of the linear maps | rounding to nearest | second order (GPTQ) |", "|---|---|---|---|"]
-    rows += [f"| {r['bits']} | {r['bytes'] / 1e6:.2f} MB | x{r['rtn']:.4f} | x{r['gptq']:.4f} |" for r in got["rows"]]
-    head = f"Perplexity on test text as a multiple of the 16-bit model's {got['perplexity_16_bit']:.2f}"
+    rows = ["| bits | bytes of the linear maps | rounding to nearest | GPTQ | descent |", "|---|---|---|---|---|"]
+    solvers = ("rtn", "gptq", "descent")
+    for r in got["rows"]:
+        cells = " | ".join(f"x{r[s]:.4f}, {r[f'{s}_seconds']} s" for s in solvers)
+        rows.append(f"| {r['bits']} | {r['bytes'] / 1e6:.2f} MB | {cells} |")
+    head = f"Perplexity on test text as a multiple of the 16-bit model's {got['perplexity_16_bit']:.2f}, and seconds"
     return f"{head} (`python benchmarks/quantization.py`; {where(got['run'])}).\n\n" + "\n".join(rows)
 
 

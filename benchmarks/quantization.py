@@ -1,4 +1,4 @@
-"""Second-order error compensation beside rounding to nearest: perplexity ratio to 16 bits on test text, same bytes.
+"""Rounding to nearest, GPTQ and descent from GPTQ: perplexity ratio to 16 bits on test text, same bytes.
 
     python benchmarks/quantization.py [--json] [--model pycode]
 
@@ -21,6 +21,7 @@ from netsuke.models.load import load
 from netsuke.tasks.language import language_task
 
 RESULT = Path(__file__).parent / "results/quantization.json"
+SOLVERS = ("rtn", "gptq", "descent")
 
 
 def main() -> None:
@@ -35,16 +36,15 @@ def main() -> None:
         base = task.mean_loss(dense, "test")
         for bits in (8, 4, 3, 2):
             row: dict = {"bits": bits}
-            for solver in ("rtn", "gptq"):
+            for solver in SOLVERS:
                 begin = time.perf_counter()
                 model = Quantize(bits=bits, solver=solver).apply(dense, task)
                 row[f"{solver}_seconds"] = round(time.perf_counter() - begin, 1)
                 row[solver] = math.exp(task.mean_loss(model, "test") - base)
                 row["bytes"] = sum(m.bytes() for m in model.linears().values())
             rows.append(row)
-            print(
-                f"{bits} bits, {row['bytes'] / 1e6:.2f} MB: rtn x{row['rtn']:.4f}, gptq x{row['gptq']:.4f}", flush=True
-            )
+            said = ", ".join(f"{solver} x{row[solver]:.4f} in {row[f'{solver}_seconds']} s" for solver in SOLVERS)
+            print(f"{bits} bits, {row['bytes'] / 1e6:.2f} MB: {said}", flush=True)
     out = {"model": args.model, "perplexity_16_bit": math.exp(base), "rows": rows, "run": provenance()}
     if args.json:
         RESULT.parent.mkdir(exist_ok=True)

@@ -203,7 +203,7 @@ class Trials:
         for name in self.cfg.linear_shapes(i):
             for b in self.tried:
                 gram = self.seen.grams[f"blocks.{i}.{name}"]
-                small = quantize_linear(getattr(self.model.blocks[i], name), b, self.group, "gptq", gram)
+                small = quantize_linear(getattr(self.model.blocks[i], name), b, self.group, gram=gram)
                 harms[name, b] = self.harm(i, {name: small})
             harms |= {(name, b): fine_harm(b, harms, name) for b in self.bits if b not in self.tried}
         return harms

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from netsuke.compress.quantize import TINY, Codes
+from netsuke.compress.rounding import TINY, Codes
 from netsuke.errors import NetsukeError
 from netsuke.layers.static import StaticGrid, codes, grid, snap
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from netsuke.compress.decompose import svd
-from netsuke.compress.quantize import walk
+from netsuke.compress.walk import stages
 from netsuke.errors import NetsukeError
 from netsuke.layers.linear import Dense, LinearBase
 from netsuke.layers.quantized import QuantLinear
@@ -129,11 +129,9 @@ def make_sparse(
     """
     made: dict[str, Candidate] = {}
 
-    def treat(names: list[str], inputs: Iterable[Tensor]) -> None:
+    for names, inputs in stages(model, list(ids)):
         found = {n: Candidate(n, model.get_submodule(n), plain) for n in names if plan.get(n, (0, 1))[0] > 0}
-        if not found:
-            return
-        for x in inputs:
+        for x in inputs if found else ():
             for candidate in found.values():
                 candidate.add(x)
         for name, candidate in found.items():
@@ -141,9 +139,6 @@ def make_sparse(
             layer.always, layer.prompt = not dense, 1
             model.replace(name, layer)
         made.update(found)
-
-    for _ in walk(model, list(ids), treat):  # the inputs of the head come last: the walk is lazy there, and over
-        pass
     for name in made:
         layer = model.get_submodule(name)
         layer.always, layer.prompt = False, 0

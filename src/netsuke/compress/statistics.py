@@ -5,7 +5,7 @@
     influence   how much each block turns the residual stream
 
 The model runs as it is, so later blocks see unspoiled inputs; methods that must see what the treated blocks before them
-have become walk through the model themselves (quantize.py).
+have become go by walk.py.
 """
 
 from __future__ import annotations

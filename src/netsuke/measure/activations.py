@@ -15,22 +15,33 @@ from torch import Tensor, nn
 
 
 class Gram:
-    """Σ xᵀx over all rows seen, (I, I) float64, and their number."""
+    """Σ xᵀx over all rows seen, (I, I) float64, and their number.
+
+    drift   Σ (y − x)ᵀx of rows that came with y, what they were before the model was changed; None where none did
+    """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
+        self.drift: Tensor | None = None
         self.rows = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, before: Tensor | None = None) -> None:
         flat = x.detach().flatten(0, -2)
         # One product in the working precision per batch, summed in float64: the batch is short, the sum is long.
         part = (flat.float().T @ flat.float()).double()
         self.total = part if self.total is None else self.total.add_(part)
+        if before is not None:
+            moved = ((before.detach().flatten(0, -2).float() - flat.float()).T @ flat.float()).double()
+            self.drift = moved if self.drift is None else self.drift.add_(moved)
         self.rows += flat.shape[0]
 
     def mean(self) -> Tensor:
         """E[xᵀx], (I, I)."""
         return self.total / max(self.rows, 1)
+
+    def mean_drift(self) -> Tensor | None:
+        """E[(y − x)ᵀx], (I, I)."""
+        return None if self.drift is None else self.drift / max(self.rows, 1)
 
 
 class SquareSum:

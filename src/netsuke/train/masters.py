@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from netsuke.compress.fake_quant import weight_grid
-from netsuke.compress.quantize import Codes
+from netsuke.compress.rounding import Codes
 from netsuke.layers.linear import LinearBase
 from netsuke.layers.quantized import QuantLinear, group_count
 from netsuke.layers.static import codes, snap
