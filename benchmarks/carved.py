@@ -89,7 +89,7 @@ def peer_loss(file: Path, task: LanguageModeling, split: str, limit: int | None 
 
 def engine_loss(folder: Path, task: LanguageModeling, split: str) -> float:
     length = task.context
-    with Engine.open(folder, context=length, slots=1, threads=1, logit_rows=length) as engine:
+    with Engine.open(folder, context=length, slots=1, chunk=length, threads=1, logit_rows=length) as engine:
 
         def logits(row: list[int]) -> np.ndarray:
             engine.truncate(0, 0)
