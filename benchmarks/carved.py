@@ -103,7 +103,7 @@ def main() -> None:
     ask.add_argument("--model", default="pycode")
     ask.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
     args = ask.parse_args()
-    threads, busy = core_count(), os.getloadavg()[0]
+    threads = core_count()
     torch.set_num_threads(1)  # beside other programs two would wait for one another
     loaded = load(args.model)
     task = language_task(loaded, None, None)
@@ -130,7 +130,8 @@ def main() -> None:
         sides |= {k: EngineSide(f, task.context, 1, threads) for k, f in carved.items()}
         ids = task.ids("validation")[: max(PAST, 128)].tolist()
         decode = works(ids, 1, ())[0]
-        print("decoding in turn", flush=True)
+        busy = os.getloadavg()[0]
+        print(f"decoding in turn, at a load of {busy:.1f}", flush=True)
         seconds = alternate(sides, decode, ids, ROUNDS, TURN, [])
         sizes = {k: f.stat().st_size for k, f in files.items()}
         sizes |= {k: sum(f.stat().st_size for f in p.iterdir()) for k, p in carved.items()}
