@@ -3,8 +3,9 @@
     python benchmarks/carved.py [--model pycode] [--json]
 
 Files of the peer are made by its own quantizer, at its defaults, from the 16-bit GGUF. Two carvings: one may lose 3 %, one
-no more than Q4_0 was seen to lose on validation text. All four decode in turn, a token at a time, medians of rounds; every
-side's loss is taken from its own logits, in its own runtime, on the same windows of test text, once.
+half of what Q4_0 was seen to lose on validation text: a limit that is kept there to the last digit is kept on other text only
+half of the time (the first run asked for all of it: 1.82 % on test text, Q4_0 1.79 %). All decode in turn, a token at a time,
+medians of rounds; every side's loss is taken from its own logits, in its own runtime, on the same windows of test text, once.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from netsuke.tasks.language import LanguageModeling, language_task
 
 RESULT = Path(__file__).parent / "results/carved.json"
 ALLOWED = 0.03  # rise of perplexity
+HALF = "half of Q4_0's loss"
 BARS = {"Q8_0": 1.8, "Q4_0": 1.3}
 ROUNDS, TURN = 9, 0.25
 BATCHES = 8  # of validation text
@@ -116,9 +118,9 @@ def main() -> None:
         validation = peer_loss(files["Q4_0"], task, "validation", BATCHES)
         dense = loaded.model.float()
         with torch.no_grad():
-            allowed = math.expm1(validation - task.mean_loss(dense, "validation", BATCHES))
+            seen = math.expm1(validation - task.mean_loss(dense, "validation", BATCHES))
         carved, reports = {}, {}
-        for label, loss in (("3 %", ALLOWED), ("no more than Q4_0", allowed)):
+        for label, loss in (("3 %", ALLOWED), (HALF, seen / 2)):
             print(f"carving: {label} ({loss:.2%} of perplexity)", flush=True)
             reports[label] = fit(args.model, "this", max_loss=f"{loss:.4%}", out=str(folder / f"{len(carved)}.netsuke"))
             carved[label] = Path(reports[label]["artifact"])
@@ -127,14 +129,14 @@ def main() -> None:
         losses |= {k: engine_loss(f, task, "test") for k, f in carved.items()}
         losses["16 bits"] = engine_loss(base, task, "test")
         sides = {k: LlamaCppSide(f, task.context, 1, threads) for k, f in files.items()}
-        sides |= {k: EngineSide(f, task.context, 1, threads) for k, f in carved.items()}
+        sides |= {k: EngineSide(f, task.context, 1, threads) for k, f in (("16 bits", base), *carved.items())}
         ids = task.ids("validation")[: max(PAST, 128)].tolist()
         decode = works(ids, 1, ())[0]
         busy = os.getloadavg()[0]
         print(f"decoding in turn, at a load of {busy:.1f}", flush=True)
         seconds = alternate(sides, decode, ids, ROUNDS, TURN, [])
         sizes = {k: f.stat().st_size for k, f in files.items()}
-        sizes |= {k: sum(f.stat().st_size for f in p.iterdir()) for k, p in carved.items()}
+        sizes |= {k: sum(f.stat().st_size for f in p.iterdir()) for k, p in (("16 bits", base), *carved.items())}
         for side in sides.values():
             side.close()
     rows = [
@@ -155,7 +157,7 @@ def main() -> None:
         }
         for peer, ours, allowed_rise in (
             ("Q8_0", "3 %", ALLOWED),
-            ("Q4_0", "no more than Q4_0", math.expm1(losses["Q4_0"] - losses["16 bits"])),
+            ("Q4_0", HALF, math.expm1(losses["Q4_0"] - losses["16 bits"])),
         )
     ]  # fmt: skip
     out = {

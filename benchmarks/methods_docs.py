@@ -35,7 +35,10 @@ def chart() -> str:
     return (
         "![Quality against bytes and against speed](methods.svg)\n\n"
         f"`{got['model']}`, perplexity on validation text; speed in the native engine over the 16-bit model's, medians of turns "
-        f"(`python benchmarks/methods.py`; {where(got['run'])}). Stars: what `fit` carved at each budget.{busy}"
+        f"(`python benchmarks/methods.py`; {where(got['run'])}). Stars: what `fit` carved at each budget.{busy} "
+        "The model's 13 MB lie in the caches of this machine, and half of a context is behind every token: fewer bytes buy "
+        "little time here. Where weights come from memory they buy it in proportion: see the latency budgets below, by a "
+        "device's card."
     )
 
 
@@ -85,9 +88,10 @@ def carved() -> str:
     got = read("benchmarks/results/carved.json")
     if got is None:
         return "Not measured yet: `python benchmarks/carved.py --json`."
+    whose = {"16 bits": "netsuke"}
     rows = [
         [
-            f"`fit`, {r['side']}" if r["methods"] else f"llama.cpp {r['side']}", f"{r['bytes'] / 1e6:.2f} MB",
+            f"{'`fit`' if r['methods'] else whose.get(r['side'], 'llama.cpp')}, {r['side']}", f"{r['bytes'] / 1e6:.2f} MB",
             f"{r['rise']:+.2%}", f"{r['tokens_per_second']:,.0f} ({r['quartiles'][0]:,.0f} to {r['quartiles'][2]:,.0f})",
         ]
         for r in got["rows"]
@@ -97,7 +101,7 @@ def carved() -> str:
         f"{'met' if d['met'] else 'not met'}"
         for d in got["duels"]
     )
-    busy = f"; load {got['load_average']:.1f} when it began" if got["load_average"] > 0.5 else ""
+    busy = f"; load {got['load_average']:.1f} when decoding began" if got["load_average"] > 0.5 else ""
     return (
         grid(("side", "bytes", "perplexity, test text, own runtime", "tokens/s (quartiles)"), rows)
         + f"\n\n`{got['model']}`, {got['settings']['threads']} threads each, sides in turn "
