@@ -32,8 +32,9 @@ tools:
 	    && rm -f build-tools.log || echo "no emulators: Debian's packages could not be installed; their tests are skipped"; \
 	else echo "no emulators (apt-get install $(TOOLS)): their tests are skipped"; fi
 
+# One thread for each of the two workers: with two each, PyTorch's threads wait for one another (10 minutes, not 4)
 test: .venv/ready tools
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests recipes benchmarks
