@@ -131,7 +131,7 @@ class Quantize(Method):
     bits         of the blocks' linear maps: 16 leaves them, 8 is lossless in practice, 4 costs a few percent, 3 and 2
                  hurt
     group        inputs that share a scale; 32 is better and 9 % larger at 4 bits, beyond 128 little is saved
-    solver       "descent"; "gptq", where it starts from; or "rtn", which needs no text
+    solver       "descent"; "gptq", where it starts from, in half the time; or "rtn", which needs no text
     embed_bits   of the embedding table and the head. None: 8 below 16 bits, because a tied table is read both as rows
                  and as head, so its errors enter every sum twice; 8 bits cost nothing measurable there, 4 cost 2 %
     per_layer    bits of single linear maps by name, over all of the above ("blocks.3.down": 8); 16 stores float16
